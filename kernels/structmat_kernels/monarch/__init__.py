@@ -1,0 +1,5 @@
+"""Monarch products: two block-diagonal factors around a stride permutation."""
+
+from structmat_kernels.monarch.reference import monarch, monarch_transposed
+
+__all__ = ["monarch", "monarch_transposed"]

@@ -1,0 +1,44 @@
+"""structmat: structured matrices for PyTorch."""
+
+from structmat import nn
+from structmat.base import StructuredMatrix, matrix, static
+from structmat.config import (
+    BlockDiagonalConfig,
+    BudgetError,
+    LowRankConfig,
+    MonarchConfig,
+    Projection,
+    config_from_dict,
+    project,
+)
+from structmat.kronecker import Kronecker
+from structmat.lazy import Inverse, Product, Scaled, Sum, Transposed
+from structmat.matrices import BlockDiagonal, Dense, Diagonal, LowRank, Monarch, Permutation
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "BlockDiagonal",
+    "BlockDiagonalConfig",
+    "BudgetError",
+    "Dense",
+    "Diagonal",
+    "Inverse",
+    "Kronecker",
+    "LowRank",
+    "LowRankConfig",
+    "Monarch",
+    "MonarchConfig",
+    "Permutation",
+    "Product",
+    "Projection",
+    "Scaled",
+    "StructuredMatrix",
+    "Sum",
+    "Transposed",
+    "config_from_dict",
+    "matrix",
+    "nn",
+    "project",
+    "static",
+]

@@ -1,0 +1,302 @@
+"""Which structure to give a matrix, as small JSON-serialisable values, and the projection that obeys them."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from structmat._checks import check_inexact, check_int, check_tensor
+from structmat.base import StructuredMatrix
+from structmat.matrices import BlockDiagonal, LowRank, Monarch
+from structmat.projection.truncated import truncated_svd, work_dtype
+
+
+class BudgetError(ValueError):
+    """The parameter budget is below what the smallest matrix of the structure needs."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Config:
+    """Base class of the configs; a config says how to turn an m x n matrix into a structured one.
+
+    Args:
+        max_params: a budget in parameters for each matrix.
+        ratio: the budget as a share of the dense m n, in (0, 1].
+    """
+
+    structure: ClassVar[str]
+    matrix_class: ClassVar[type[StructuredMatrix]]
+    max_params: int | None = None
+    ratio: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.max_params is not None and self.ratio is not None:
+            raise ValueError("give max_params or ratio, not both")
+        if self.max_params is not None:
+            check_int("max_params", self.max_params)
+        if self.ratio is not None and not (isinstance(self.ratio, (int, float)) and 0 < self.ratio <= 1):
+            raise ValueError(f"ratio must be a number in (0, 1], got {self.ratio!r}")
+
+    def budget(self, m: int, n: int) -> int | None:
+        """The budget in parameters for an m x n matrix, or None if the config has none."""
+        return math.floor(self.ratio * m * n) if self.ratio is not None else self.max_params
+
+    def _over(self, m: int, n: int, smallest: int) -> BudgetError:
+        return BudgetError(
+            f"{self.structure} needs at least {smallest} parameters for a {m} x {n} matrix "
+            f"({smallest / (m * n):.1%} of dense), the budget is {self.budget(m, n)}"
+        )
+
+    def resolve(self, m: int, n: int) -> dict[str, Any]:
+        """The keyword arguments of ``from_dense`` and ``random`` for an m x n matrix.
+
+        Raises:
+            BudgetError: if the budget cannot be met.
+            ValueError: if the structure does not exist for this size.
+        """
+        raise NotImplementedError
+
+    def num_params(self, m: int, n: int) -> int:
+        """How many parameters an m x n matrix of this config has."""
+        return self.random((m, n), device="meta").num_params
+
+    def random(self, shape: Sequence[int], **kwargs: Any) -> StructuredMatrix:
+        """A random matrix of this structure; ``generator``, ``dtype`` and ``device`` as in ``Cls.random``."""
+        build: Any = self.matrix_class
+        return build.random(shape, **self.resolve(int(shape[-2]), int(shape[-1])), **kwargs)
+
+    def _project(self, W: Tensor) -> tuple[StructuredMatrix, Tensor]:
+        build: Any = self.matrix_class
+        return build._project(W, **self.resolve(int(W.shape[-2]), int(W.shape[-1])))
+
+    def to_dict(self) -> dict[str, Any]:
+        """A JSON-serialisable dictionary; :func:`config_from_dict` reads it back."""
+        return {"structure": self.structure, **dataclasses.asdict(self)}
+
+
+@dataclasses.dataclass(frozen=True)
+class MonarchConfig(Config):
+    """Monarch matrices in ``nblocks`` blocks; see :class:`structmat.Monarch`.
+
+    Args:
+        nblocks: number of blocks, or (k, l): right blocks, left blocks.
+        rank: rank of the slices; None gives the largest hidden width, or what the budget allows.
+        max_params: a budget, in place of a rank.
+        ratio: a budget as a share of dense, in place of a rank.
+
+    Example:
+        >>> import structmat
+        >>> structmat.MonarchConfig(nblocks=4, ratio=0.25).resolve(384, 384)
+        {'nblocks': 4, 'rank': 12}
+    """
+
+    structure: ClassVar[str] = "monarch"
+    matrix_class: ClassVar[type[StructuredMatrix]] = Monarch
+    nblocks: int | tuple[int, int] = 4
+    rank: int | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if isinstance(self.nblocks, list):  # JSON has no tuples
+            object.__setattr__(self, "nblocks", tuple(self.nblocks))
+        if self.rank is not None and (self.max_params or self.ratio) is not None:
+            raise ValueError("give a rank or a budget (max_params, ratio), not both")
+
+    def resolve(self, m: int, n: int) -> dict[str, Any]:
+        if self.budget(m, n) is None:
+            Monarch.structure(m, n, self.nblocks, self.rank)
+            return {"nblocks": self.nblocks, "rank": self.rank}
+        size = Monarch.structure(m, n, self.nblocks, 1)
+        per_rank = size["k"] * size["l"] * (size["s"] + size["p"])
+        rank = min(self.budget(m, n) // per_rank, size["s"], size["p"])  # pyright: ignore[reportOptionalOperand]
+        if rank < 1:
+            raise self._over(m, n, per_rank)
+        return {"nblocks": self.nblocks, "rank": rank}
+
+
+@dataclasses.dataclass(frozen=True)
+class LowRankConfig(Config):
+    """Low-rank matrices; see :class:`structmat.LowRank`.
+
+    Args:
+        rank: the rank, or
+        max_params: a budget, or
+        ratio: a budget as a share of dense; exactly one of the three.
+
+    Example:
+        >>> import structmat
+        >>> structmat.LowRankConfig(ratio=0.5).resolve(384, 384)
+        {'rank': 96}
+    """
+
+    structure: ClassVar[str] = "lowrank"
+    matrix_class: ClassVar[type[StructuredMatrix]] = LowRank
+    rank: int | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if sum(v is not None for v in (self.rank, self.max_params, self.ratio)) != 1:
+            raise ValueError("give exactly one of rank, max_params and ratio")
+        if self.rank is not None:
+            check_int("rank", self.rank)
+
+    def resolve(self, m: int, n: int) -> dict[str, Any]:
+        if self.rank is not None:
+            if self.rank > min(m, n):
+                raise ValueError(f"rank must be at most min(rows, columns) = {min(m, n)}, got {self.rank}")
+            return {"rank": self.rank}
+        rank = min(self.budget(m, n) // (m + n), m, n)  # pyright: ignore[reportOptionalOperand]
+        if rank < 1:
+            raise self._over(m, n, m + n)
+        return {"rank": rank}
+
+    def _project(self, W: Tensor) -> tuple[StructuredMatrix, Tensor]:
+        left, right, lost = truncated_svd(W, **self.resolve(int(W.shape[-2]), int(W.shape[-1])))
+        return LowRank(left, right), lost
+
+
+@dataclasses.dataclass(frozen=True)
+class BlockDiagonalConfig(Config):
+    """Block-diagonal matrices; see :class:`structmat.BlockDiagonal`.
+
+    Args:
+        nblocks: number of blocks; 4 if neither it nor a budget is given.
+        max_params: a budget: the fewest blocks that meet it.
+        ratio: a budget as a share of dense.
+
+    Example:
+        >>> import structmat
+        >>> structmat.BlockDiagonalConfig(ratio=0.3).resolve(384, 384)
+        {'nblocks': 4}
+    """
+
+    structure: ClassVar[str] = "blockdiagonal"
+    matrix_class: ClassVar[type[StructuredMatrix]] = BlockDiagonal
+    nblocks: int | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.nblocks is not None:
+            check_int("nblocks", self.nblocks)
+            if (self.max_params or self.ratio) is not None:
+                raise ValueError("give nblocks or a budget (max_params, ratio), not both")
+
+    def resolve(self, m: int, n: int) -> dict[str, Any]:
+        budget = self.budget(m, n)
+        if budget is None:
+            nblocks = 4 if self.nblocks is None else self.nblocks
+            BlockDiagonal.structure(m, n, nblocks)
+            return {"nblocks": nblocks}
+        counts = [k * -(-m // k) * -(-n // k) for k in range(1, min(m, n) + 1)]
+        for k, count in enumerate(counts, start=1):
+            if count <= budget:
+                return {"nblocks": k}
+        raise self._over(m, n, min(counts))
+
+
+#: Every config by the name of its structure.
+CONFIGS: dict[str, type[Config]] = {
+    c.structure: c for c in (MonarchConfig, LowRankConfig, BlockDiagonalConfig)
+}
+
+
+def config_from_dict(data: dict[str, Any]) -> Config:
+    """Build a config from the dictionary that ``Config.to_dict`` made.
+
+    Raises:
+        ValueError: if the structure is unknown.
+        TypeError: if a field is unknown.
+    """
+    fields = dict(data)
+    name = fields.pop("structure", None)
+    if name not in CONFIGS:
+        raise ValueError(f"unknown structure {name!r}; known are {', '.join(sorted(CONFIGS))}")
+    known = {f.name for f in dataclasses.fields(CONFIGS[name])}
+    if unknown := sorted(set(fields) - known):
+        raise TypeError(f"{name} takes {', '.join(sorted(known))}, got {', '.join(unknown)}")
+    return CONFIGS[name](**fields)
+
+
+@dataclasses.dataclass(frozen=True)
+class Projection:
+    """A structured matrix with the proof of its quality.
+
+    Attributes:
+        matrix: the projection.
+        error: the achieved ``|W - M|_F / |W|_F``, measured in double precision on the returned factors.
+        bound: no matrix of this structure has a smaller error. ``error`` equals it up to rounding to the dtype.
+        config: what was asked for.
+    """
+
+    matrix: StructuredMatrix
+    error: float
+    bound: float
+    config: Config
+
+
+@torch.no_grad()
+def residual_norm(W: Tensor, A: StructuredMatrix) -> Tensor:
+    """``|W - A|_F`` over the whole batch, in double precision, a few rows at a time.
+
+    Args:
+        W: shape (*batch, m, n).
+        A: a matrix of the same shape.
+    """
+    double = work_dtype(W)
+    value = A.to(double).mT
+    m, n = W.shape[-2:]
+    step = max(1, (1 << 22) // max(n * math.prod(W.shape[:-2]), 1))
+    total = torch.zeros((), dtype=double.to_real(), device=W.device)
+    for start in range(0, m, step):
+        rows = torch.zeros(min(step, m - start), m, dtype=double, device=W.device)
+        rows.diagonal(start).fill_(1)
+        total += (W[..., start : start + step, :].to(double) - value.linear(rows)).abs().square().sum()
+    return total.sqrt()
+
+
+@torch.no_grad()
+def project(W: Tensor, config: Config) -> Projection:
+    """The best approximation of W that a config allows, with its error and the bound that certifies it.
+
+    Args:
+        W: shape (*batch, m, n), floating point or complex, finite.
+        config: the structure and its size or budget.
+
+    Returns:
+        The matrix with its relative Frobenius error (over the whole batch) and the lower bound of the structure.
+
+    Raises:
+        BudgetError: if the budget cannot be met.
+        TypeError: if W is not a floating-point or complex tensor.
+        ValueError: if W has NaN or infinite entries, or the structure does not exist for its size.
+
+    Example:
+        >>> import torch, structmat
+        >>> W = torch.ones(8, 12)
+        >>> result = structmat.project(W, structmat.MonarchConfig(nblocks=2, rank=1))
+        >>> result.matrix.num_params, result.error < 1e-6
+        (40, True)
+    """
+    check_tensor("W", W, 2)
+    check_inexact("W", W)
+    if not isinstance(config, Config):
+        raise TypeError(
+            f"config must be a Config such as MonarchConfig(nblocks=4), got {type(config).__name__}"
+        )
+    if not torch.isfinite(W).all():
+        raise ValueError("W has NaN or infinite entries")
+    matrix, lost = config._project(W.detach())
+    size = torch.linalg.vector_norm(W.to(work_dtype(W)))
+    if size == 0:
+        return Projection(matrix, 0.0, 0.0, config)
+    return Projection(
+        matrix,
+        (residual_norm(W, matrix) / size).item(),
+        (torch.linalg.vector_norm(lost) / size).item(),
+        config,
+    )

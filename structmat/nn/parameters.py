@@ -1,0 +1,90 @@
+"""The module that owns a structured matrix's factors."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from structmat.base import StructuredMatrix
+
+
+class MatrixParameters(nn.Module):
+    """Own the factors of a structured matrix as parameters and rebuild the value when called.
+
+    Floating-point and complex leaves become parameters named as the fields, integer leaves buffers; nested matrices
+    become child modules (``factors.0.left``). A tensor that stands in the value twice stays one parameter.
+
+    Args:
+        value: the matrix; its factors are taken over without a copy where they are contiguous.
+
+    Raises:
+        TypeError: if value is not a structured matrix.
+
+    Example:
+        >>> import torch, structmat
+        >>> weight = structmat.nn.MatrixParameters(structmat.LowRank(torch.ones(3, 1), torch.ones(1, 2)))
+        >>> sorted(weight.state_dict()), weight().shape
+        (['left', 'right'], torch.Size([3, 2]))
+    """
+
+    def __init__(self, value: StructuredMatrix, _shared: dict[int, Any] | None = None) -> None:
+        super().__init__()
+        if not isinstance(value, StructuredMatrix):
+            raise TypeError(f"value must be a StructuredMatrix, got {type(value).__name__}")
+        shared = {} if _shared is None else _shared
+        self._matrix_class = type(value)
+        self._context = tuple(getattr(value, n) for n in value._static)
+        for name in value._dynamic:
+            child = getattr(value, name)
+            if isinstance(child, tuple):
+                self.add_module(name, nn.ModuleList(MatrixParameters(c, shared) for c in child))
+            elif isinstance(child, StructuredMatrix):
+                self.add_module(name, MatrixParameters(child, shared))
+            elif child.is_floating_point() or child.is_complex():
+                if id(child) not in shared:
+                    data = child.detach().resolve_conj().contiguous()
+                    # Keep the original alive: an id is unique only among living objects.
+                    shared[id(child)] = (nn.Parameter(data), child)
+                self.register_parameter(name, shared[id(child)][0])
+            else:
+                self.register_buffer(name, child)
+
+    def forward(self) -> StructuredMatrix:
+        """The matrix, made of the parameters as they are now."""
+        children = []
+        for name in self._matrix_class._dynamic:
+            child = getattr(self, name)
+            if isinstance(child, nn.ModuleList):
+                children.append(tuple(c() for c in child))
+            else:
+                children.append(child() if isinstance(child, MatrixParameters) else child)
+        return self._matrix_class._rebuild(tuple(children), self._context)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> MatrixParameters:
+        super()._apply(fn, recurse)
+        # A permutation's dtype is structure, not a tensor: it follows what happens to the tensors.
+        self._context = tuple(
+            fn(torch.empty(0, dtype=c)).dtype if isinstance(c, torch.dtype) else c for c in self._context
+        )
+        return self
+
+    @property
+    def shape(self) -> torch.Size:
+        """The matrix's shape."""
+        return self().shape
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The matrix's dtype."""
+        return self().dtype
+
+    @property
+    def device(self) -> torch.device:
+        """The matrix's device."""
+        return self().device
+
+    def extra_repr(self) -> str:
+        return repr(self())
