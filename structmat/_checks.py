@@ -20,9 +20,7 @@ def check_tensor(name: str, value: Any, min_ndim: int = 0) -> None:
 def check_inexact(name: str, value: Tensor) -> None:
     """Raise unless ``value`` is floating point or complex."""
     if not (value.is_floating_point() or value.is_complex()):
-        raise TypeError(
-            f"{name} must be floating point or complex, got {value.dtype}; convert it with .to(dtype)"
-        )
+        raise TypeError(f"{name} must be floating point or complex, got {value.dtype}; convert it with .to(dtype)")
 
 
 def check_same(name: str, value: Tensor, other_name: str, other: Tensor) -> None:
@@ -51,9 +49,7 @@ def check_matrix_shape(shape: Any, min_size: int = 1) -> tuple[tuple[int, ...], 
     try:
         sizes = tuple(int(n) for n in shape)
     except TypeError:
-        raise TypeError(
-            f"shape must be a sequence of integers (*batch, rows, columns), got {shape!r}"
-        ) from None
+        raise TypeError(f"shape must be a sequence of integers (*batch, rows, columns), got {shape!r}") from None
     if len(sizes) < 2:
         raise ValueError(f"shape must be (*batch, rows, columns), got {sizes}")
     if min(sizes[-2:]) < min_size or min(sizes) < 0:
@@ -61,9 +57,7 @@ def check_matrix_shape(shape: Any, min_size: int = 1) -> tuple[tuple[int, ...], 
     return sizes[:-2], sizes[-2], sizes[-1]
 
 
-def check_broadcast(
-    name: str, shape: tuple[int, ...], other_name: str, other: tuple[int, ...]
-) -> tuple[int, ...]:
+def check_broadcast(name: str, shape: tuple[int, ...], other_name: str, other: tuple[int, ...]) -> tuple[int, ...]:
     """Return the broadcast of two batch shapes, or raise naming both."""
     for a, b in zip(reversed(shape), reversed(other), strict=False):
         if a != b and a != 1 and b != 1:
@@ -87,11 +81,9 @@ def as_scalar(value: Any, dtype: torch.dtype, device: torch.device) -> Tensor:
     else:
         raise TypeError(f"* takes a number or a 0-d tensor, got {type(value).__name__}; use @ for products")
     if is_complex and not dtype.is_complex:
-        raise TypeError(
-            f"a complex scalar cannot scale a matrix of {dtype}; convert it with .to(torch.complex128)"
-        )
+        raise TypeError(f"a complex scalar cannot scale a matrix of {dtype}; convert it with .to(torch.complex128)")
     if isinstance(value, Tensor):
         if value.device != device and value.device.type != "cpu":
             raise ValueError(f"the scalar is on {value.device} but the matrix is on {device}")
         return value.to(dtype=dtype, device=device)
-    return torch.full((), value, dtype=dtype, device=device)  # pyright: ignore[reportArgumentType]
+    return torch.tensor(value, dtype=dtype, device=device)

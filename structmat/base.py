@@ -112,8 +112,11 @@ class StructuredMatrix(FactorValue):
         return self._map(lambda t: t.conj()) if self.dtype.is_complex else self
 
     # ---------------------------------------------------------------- products
-    def _prepare(self, name: str, x: Any, axis: int, size: int) -> tuple[Self, Tensor]:
-        """Check an operand whose dimension ``axis`` (-1 or -2) must be ``size``; cast both inside autocast."""
+    def _prepare(self, name: str, x: Any, axis: int, size: int, vector: bool = False) -> tuple[Self, Tensor]:
+        """Check an operand whose dimension ``axis`` (-1 or -2) must be ``size``; cast both inside autocast.
+
+        With ``vector``, x is a batch of vectors (*batch, size) and comes back as rows (*batch, 1, size).
+        """
         check_tensor(name, x, 1 if axis == -1 else 2)
         if x.shape[axis] != size:
             raise ValueError(
@@ -135,6 +138,8 @@ class StructuredMatrix(FactorValue):
                 f"{name} is on {x.device} but the {type(self).__name__} is on {value.device}; move one of them "
                 "with .to(device)"
             )
+        if vector:
+            x = x.unsqueeze(-2)
         if value.ndim > 2 and x.ndim > 2:
             check_broadcast(name, x.shape[:-2], type(self).__name__, value.batch_shape)
         return value, x
@@ -158,8 +163,8 @@ class StructuredMatrix(FactorValue):
 
     def matvec(self, v: Tensor) -> Tensor:
         """``A v`` for v of shape (*batch, n); the result has shape (*batch, m)."""
-        value, v = self._prepare("v", v, -1, self.shape[-1])
-        return value._linear(v.unsqueeze(-2)).squeeze(-2)
+        value, row = self._prepare("v", v, -1, self.shape[-1], vector=True)
+        return value._linear(row).squeeze(-2)
 
     def matmul(self, X: Tensor) -> Tensor:
         """``A X`` for X of shape (*batch, n, k); the result has shape (*batch, m, k)."""
@@ -185,9 +190,7 @@ class StructuredMatrix(FactorValue):
     def T(self) -> StructuredMatrix:
         """The transpose of a matrix without batch dimensions."""
         if self.ndim != 2:
-            raise ValueError(
-                f".T is for matrices without batch dimensions, got shape {tuple(self.shape)}; use .mT"
-            )
+            raise ValueError(f".T is for matrices without batch dimensions, got shape {tuple(self.shape)}; use .mT")
         return self.mT
 
     @property
@@ -205,9 +208,7 @@ class StructuredMatrix(FactorValue):
         count, n, step = min(self.shape[-2:]), self.shape[-1], 256
         columns = torch.arange(n, device=self.device)
         pieces = []
-        for start in range(
-            0, count, step
-        ):  # in pieces: never more than `step` rows of the dense matrix in memory
+        for start in range(0, count, step):  # in pieces: never more than `step` rows of the dense matrix in memory
             rows = torch.arange(start, min(start + step, count), device=self.device)
             basis = (rows[:, None] == columns).to(self.dtype)
             pieces.append(self._linear(basis)[..., start : start + len(rows)].diagonal(dim1=-2, dim2=-1))
@@ -300,9 +301,7 @@ class StructuredMatrix(FactorValue):
         if isinstance(other, StructuredMatrix):
             return lazy.add(self, other)
         if isinstance(other, Tensor):
-            raise TypeError(
-                "a structured matrix plus a tensor is dense: write A.to_dense() + tensor, or Dense(tensor)"
-            )
+            raise TypeError("a structured matrix plus a tensor is dense: write A.to_dense() + tensor, or Dense(tensor)")
         return NotImplemented
 
     def __radd__(self, other: Any) -> Any:

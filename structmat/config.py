@@ -200,9 +200,7 @@ class BlockDiagonalConfig(Config):
 
 
 #: Every config by the name of its structure.
-CONFIGS: dict[str, type[Config]] = {
-    c.structure: c for c in (MonarchConfig, LowRankConfig, BlockDiagonalConfig)
-}
+CONFIGS: dict[str, type[Config]] = {c.structure: c for c in (MonarchConfig, LowRankConfig, BlockDiagonalConfig)}
 
 
 def config_from_dict(data: dict[str, Any]) -> Config:
@@ -285,9 +283,7 @@ def project(W: Tensor, config: Config) -> Projection:
     check_tensor("W", W, 2)
     check_inexact("W", W)
     if not isinstance(config, Config):
-        raise TypeError(
-            f"config must be a Config such as MonarchConfig(nblocks=4), got {type(config).__name__}"
-        )
+        raise TypeError(f"config must be a Config such as MonarchConfig(nblocks=4), got {type(config).__name__}")
     if not torch.isfinite(W).all():
         raise ValueError("W has NaN or infinite entries")
     matrix, lost = config._project(W.detach())

@@ -31,8 +31,10 @@ class Kronecker(StructuredMatrix):
 
     @property
     def shape(self) -> torch.Size:
-        rows = math.prod(f.shape[-2] for f in self.factors)
-        return torch.Size((*_batch(self.factors), rows, math.prod(f.shape[-1] for f in self.factors)))
+        rows = cols = 1  # loops: torch.compile does not trace math.prod of a generator
+        for factor in self.factors:
+            rows, cols = rows * factor.shape[-2], cols * factor.shape[-1]
+        return torch.Size((*_batch(self.factors), rows, cols))
 
     def _apply(self, x: Tensor, solve: bool, transpose: bool) -> Tensor:
         # The last axis is the list of all factors' axes. Each step applies a factor to the last of them and moves
@@ -87,9 +89,7 @@ class Kronecker(StructuredMatrix):
         widths = [f.shape[-1] for f in self.factors]
         for i in reversed(range(len(self.factors))):
             factor, others = self.factors[i], math.prod(widths[:i] + widths[i + 1 :])
-            per_batch = (factor._solve_flops if solve else factor.flops) // max(
-                math.prod(factor.batch_shape), 1
-            )
+            per_batch = (factor._solve_flops if solve else factor.flops) // max(math.prod(factor.batch_shape), 1)
             total += batch * others * per_batch
             widths[i] = factor.shape[-2]
         return total

@@ -20,9 +20,7 @@ from structmat.base import LINEAR_STD, StructuredMatrix, matrix
 def _check_pair(a: StructuredMatrix, b: StructuredMatrix, what: str) -> None:
     for name, value in (("left", a), ("right", b)):
         if not isinstance(value, StructuredMatrix):
-            raise TypeError(
-                f"the {name} operand of {what} must be a StructuredMatrix, got {type(value).__name__}"
-            )
+            raise TypeError(f"the {name} operand of {what} must be a StructuredMatrix, got {type(value).__name__}")
     if a.dtype != b.dtype:
         raise TypeError(f"{what} needs one dtype, got {a.dtype} and {b.dtype}; convert one with .to(dtype)")
     if a.device != b.device:
@@ -32,15 +30,19 @@ def _check_pair(a: StructuredMatrix, b: StructuredMatrix, what: str) -> None:
 
 def _check_tuple(name: str, values: Any, what: str) -> None:
     if not isinstance(values, tuple) or not values:
-        raise TypeError(
-            f"{name} of a {what} must be a non-empty tuple of structured matrices, got {values!r}"
-        )
+        raise TypeError(f"{name} of a {what} must be a non-empty tuple of structured matrices, got {values!r}")
     for value in values:
         _check_pair(values[0], value, f"a {what}")
 
 
 def _batch(values: tuple[StructuredMatrix, ...]) -> tuple[int, ...]:
     return tuple(torch.broadcast_shapes(*(v.batch_shape for v in values)))
+
+
+def _broadcast_count(parts: tuple[StructuredMatrix, ...], counts: list[int]) -> int:
+    """Operations of the parts together: a part with fewer batches is applied once for each batch of the whole."""
+    batch = math.prod(_batch(parts))
+    return sum(c * batch // max(math.prod(p.batch_shape), 1) for p, c in zip(parts, counts, strict=True))
 
 
 def compose(a: StructuredMatrix, b: StructuredMatrix) -> StructuredMatrix:
@@ -160,9 +162,7 @@ class Product(StructuredMatrix):
         _check_tuple("factors", self.factors, "product")
         for a, b in zip(self.factors, self.factors[1:], strict=False):
             if a.shape[-1] != b.shape[-2]:
-                raise ValueError(
-                    f"cannot multiply shapes {tuple(a.shape)} and {tuple(b.shape)}: inner sizes differ"
-                )
+                raise ValueError(f"cannot multiply shapes {tuple(a.shape)} and {tuple(b.shape)}: inner sizes differ")
 
     @property
     def shape(self) -> torch.Size:
@@ -203,14 +203,11 @@ class Product(StructuredMatrix):
 
     @property
     def flops(self) -> int:
-        return sum(
-            f.flops * math.prod(_batch(self.factors)) // max(math.prod(f.batch_shape), 1)
-            for f in self.factors
-        )
+        return _broadcast_count(self.factors, [f.flops for f in self.factors])
 
     @property
     def _solve_flops(self) -> int:
-        return sum(f._solve_flops for f in self.factors)
+        return _broadcast_count(self.factors, [f._solve_flops for f in self.factors])
 
     def to_dense(self) -> Tensor:
         dense = self.factors[-1].to_dense()
@@ -271,7 +268,8 @@ class Sum(StructuredMatrix):
 
     @property
     def flops(self) -> int:
-        return sum(t.flops for t in self.terms) + (len(self.terms) - 1) * math.prod(self.shape[:-1])
+        additions = (len(self.terms) - 1) * math.prod(self.shape[:-1])
+        return _broadcast_count(self.terms, [t.flops for t in self.terms]) + additions
 
     def to_dense(self) -> Tensor:
         return functools.reduce(torch.add, [t.to_dense() for t in self.terms])

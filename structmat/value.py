@@ -45,7 +45,7 @@ def matrix(cls: T) -> T:
     if not issubclass(cls, FactorValue):
         raise TypeError(f"@matrix decorates subclasses of StructuredMatrix, got {cls.__name__}")
     cls = cast(T, dataclasses.dataclass(frozen=True, eq=False, repr=False)(cls))
-    fields = dataclasses.fields(cls)  # pyright: ignore[reportArgumentType]
+    fields = dataclasses.fields(cls)
     cls._static = tuple(f.name for f in fields if f.metadata.get("static"))
     cls._dynamic = tuple(f.name for f in fields if not f.metadata.get("static"))
 
@@ -95,14 +95,13 @@ class FactorValue:
 
     def _map(self, fn: Callable[[Tensor], Tensor]) -> Self:
         """Apply ``fn`` to every tensor leaf."""
+        return self._map_children(lambda c: c._map(fn) if isinstance(c, FactorValue) else fn(c))
 
-        def walk(child: Any) -> Any:
-            if isinstance(child, FactorValue):
-                return child._map(fn)
-            return tuple(walk(c) for c in child) if isinstance(child, tuple) else fn(child)
-
-        children = tuple(walk(getattr(self, n)) for n in self._dynamic)
-        return self._rebuild(children, tuple(getattr(self, n) for n in self._static))
+    def _map_children(self, fn: Callable[[Any], Any]) -> Self:
+        """Apply ``fn`` to every field's tensor or value, and to every member of a tuple."""
+        children = [getattr(self, n) for n in self._dynamic]
+        mapped = tuple(tuple(fn(c) for c in v) if isinstance(v, tuple) else fn(v) for v in children)
+        return self._rebuild(mapped, tuple(getattr(self, n) for n in self._static))
 
     def tensors(self) -> Iterator[Tensor]:
         """Iterate over the tensor leaves, in field order."""
@@ -114,15 +113,20 @@ class FactorValue:
                 else:
                     yield item
 
+    def _first(self) -> Any:
+        """The first factor, a tensor or a value: all agree in dtype and device."""
+        child = getattr(self, self._dynamic[0])
+        return child[0] if isinstance(child, tuple) else child
+
     @property
     def dtype(self) -> torch.dtype:
         """The dtype of the factors."""
-        return next(self.tensors()).dtype
+        return self._first().dtype
 
     @property
     def device(self) -> torch.device:
         """The device of the factors."""
-        return next(self.tensors()).device
+        return self._first().device
 
     @property
     def batch_shape(self) -> torch.Size:
@@ -163,11 +167,13 @@ class FactorValue:
         if dtype is not None and self.dtype.is_complex and not dtype.is_complex:
             raise TypeError(f"converting {self.dtype} to {dtype} would lose the imaginary part")
 
-        def move(t: Tensor) -> Tensor:
-            inexact = t.is_floating_point() or t.is_complex()
-            return t.to(device=device, dtype=dtype if dtype is not None and inexact else t.dtype)
+        def move(child: Any) -> Any:
+            if isinstance(child, FactorValue):  # by its own rule: a permutation's dtype is not in its tensor
+                return child._to(device, dtype)
+            inexact = child.is_floating_point() or child.is_complex()
+            return child.to(device=device, dtype=dtype if dtype is not None and inexact else child.dtype)
 
-        return self._map(move)
+        return self._map_children(move)
 
     def detach(self) -> Self:
         """The same matrix, cut from the autograd graph."""

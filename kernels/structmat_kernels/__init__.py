@@ -1,4 +1,4 @@
-"""Operations on raw tensors that structmat's classes are made of, one folder each; this package never imports structmat.
+"""Operations on raw tensors that structmat's classes are made of, one folder each; never imports structmat.
 
 Each folder holds ``reference.py``: plain PyTorch, readable, the definition of the operation.
 """

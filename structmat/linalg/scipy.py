@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import torch
 from scipy.sparse.linalg import LinearOperator
@@ -31,7 +33,8 @@ def linear_operator(A: StructuredMatrix) -> LinearOperator:
         # SciPy probes with its own dtypes; the operator computes in A's, as a NumPy matrix of that dtype would store.
         return torch.from_numpy(np.ascontiguousarray(x, dtype=dtype))
 
-    return LinearOperator(
+    build: Any = LinearOperator  # SciPy stubs describe the subclass to derive, not this factory
+    return build(
         dtype=dtype,
         shape=tuple(A.shape),
         matvec=lambda v: value.matvec(tensor(v).reshape(-1)).resolve_conj().numpy(),

@@ -7,14 +7,14 @@ from typing import Any, Self
 
 import torch
 import torch.nn.functional as F
-from structmat_kernels.block_diagonal import block_diagonal
 from torch import Tensor
 
 from structmat._checks import check_inexact, check_int, check_matrix_shape, check_tensor
 from structmat.base import LINEAR_STD, StructuredMatrix, matrix, static
-from structmat.matrices._initialise import uniform_
+from structmat.matrices._blocks import solve_columns, uniform_
 from structmat.matrices.diagonal import Diagonal
 from structmat.projection.blockwise import project_block_diagonal
+from structmat_kernels.block_diagonal import block_diagonal
 
 
 def crop_size(name: str, value: int | None, full: int) -> int:
@@ -53,8 +53,8 @@ class BlockDiagonal(StructuredMatrix):
     """
 
     blocks: Tensor
-    nrows: int = static(None)
-    ncols: int = static(None)
+    nrows: int = static(default=None)
+    ncols: int = static(default=None)
 
     def __post_init__(self) -> None:
         check_tensor("blocks", self.blocks, 3)
@@ -99,7 +99,7 @@ class BlockDiagonal(StructuredMatrix):
         blocks = self._square_blocks("solve")
         k, q, _ = blocks.shape[-3:]
         pieces = F.pad(b, (0, 0, 0, k * q - self.nrows)).unflatten(-2, (k, q))
-        return torch.linalg.solve(blocks, pieces).flatten(-3, -2)[..., : self.nrows, :]
+        return solve_columns(blocks, pieces).flatten(-3, -2)[..., : self.nrows, :]
 
     def inverse(self) -> BlockDiagonal:
         return BlockDiagonal(torch.linalg.inv(self._square_blocks("inverse")), self.nrows, self.ncols)
@@ -134,7 +134,6 @@ class BlockDiagonal(StructuredMatrix):
         return None
 
     def to_dense(self) -> Tensor:
-        k, q, p = self.blocks.shape[-3:]
         grid = torch.diag_embed(self.blocks.movedim(-3, -1), dim1=-4, dim2=-2)  # (*batch, k, q, k, p)
         return grid.flatten(-4, -3).flatten(-2, -1)[..., : self.nrows, : self.ncols]
 

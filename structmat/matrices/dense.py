@@ -10,7 +10,7 @@ from torch import Tensor
 
 from structmat._checks import check_inexact, check_matrix_shape, check_tensor
 from structmat.base import LINEAR_STD, StructuredMatrix, matrix
-from structmat.matrices._initialise import uniform_
+from structmat.matrices._blocks import solve_columns, uniform_
 
 
 @matrix
@@ -58,7 +58,7 @@ class Dense(StructuredMatrix):
         return math.prod(self.batch_shape) * (2 * n**3 // 3 + 2 * n * n)
 
     def _solve(self, b: Tensor) -> Tensor:
-        return torch.linalg.solve(self.weight, b)
+        return solve_columns(self.weight, b)
 
     def inverse(self) -> Dense:
         self._check_square("inverse")

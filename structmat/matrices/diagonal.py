@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any, Self
 
 import torch
@@ -10,7 +9,7 @@ from torch import Tensor
 
 from structmat._checks import check_inexact, check_matrix_shape, check_tensor
 from structmat.base import LINEAR_STD, StructuredMatrix, matrix
-from structmat.matrices._initialise import uniform_
+from structmat.matrices._blocks import uniform_
 from structmat.matrices.dense import Dense
 
 

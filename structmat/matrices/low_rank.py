@@ -10,7 +10,7 @@ from torch import Tensor
 
 from structmat._checks import check_inexact, check_int, check_matrix_shape, check_same, check_tensor
 from structmat.base import LINEAR_STD, StructuredMatrix, matrix
-from structmat.matrices._initialise import uniform_
+from structmat.matrices._blocks import uniform_
 from structmat.projection.truncated import truncated_svd
 
 
@@ -74,14 +74,12 @@ class LowRank(StructuredMatrix):
         return 2 * math.prod(self.batch_shape) * self.rank * sum(self.shape[-2:])
 
     def _solve(self, b: Tensor) -> Tensor:
-        raise ValueError(
-            f"a LowRank of shape {tuple(self.shape)} and rank {self.rank} is not inverted by its factors"
-        )
+        self._check_square("solve")
+        raise ValueError(f"a LowRank of shape {tuple(self.shape)} and rank {self.rank} is not inverted by its factors")
 
     def inverse(self) -> StructuredMatrix:
-        raise ValueError(
-            f"a LowRank of shape {tuple(self.shape)} and rank {self.rank} is not inverted by its factors"
-        )
+        self._check_square("inverse")
+        raise ValueError(f"a LowRank of shape {tuple(self.shape)} and rank {self.rank} is not inverted by its factors")
 
     def _scale(self, scalar: Tensor) -> LowRank:
         return LowRank(scalar * self.left, self.right)
@@ -127,9 +125,7 @@ class LowRank(StructuredMatrix):
         check_inexact("W", W)
         check_int("rank", rank)
         if rank > min(W.shape[-2:]):
-            raise ValueError(
-                f"rank must be at most min(m, n) = {min(W.shape[-2:])} for W of shape {tuple(W.shape)}"
-            )
+            raise ValueError(f"rank must be at most min(m, n) = {min(W.shape[-2:])} for W of shape {tuple(W.shape)}")
         left, right, _ = truncated_svd(W, rank)
         return cls(left, right)
 
@@ -155,9 +151,7 @@ class LowRank(StructuredMatrix):
         batch, m, n = check_matrix_shape(shape)
         check_int("rank", rank)
         left = torch.empty((*batch, m, rank), dtype=dtype, device=device)
-        return cls(left, torch.empty((*batch, rank, n), dtype=dtype, device=device)).randomize_(
-            generator=generator
-        )
+        return cls(left, torch.empty((*batch, rank, n), dtype=dtype, device=device)).randomize_(generator=generator)
 
     def randomize_(self, std: float = LINEAR_STD, generator: torch.Generator | None = None) -> Self:
         uniform_(self.right, 1 / math.sqrt(self.shape[-1]), generator)

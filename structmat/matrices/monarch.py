@@ -6,20 +6,22 @@ import math
 from typing import Any, Self
 
 import torch
-from structmat_kernels.monarch import monarch, monarch_transposed
 from torch import Tensor
 
 from structmat._checks import check_inexact, check_int, check_matrix_shape, check_same, check_tensor
 from structmat.base import LINEAR_STD, StructuredMatrix, matrix, static
 from structmat.lazy import Transposed
-from structmat.matrices._initialise import uniform_
+from structmat.matrices._blocks import solve_columns, uniform_
 from structmat.matrices.block_diagonal import block_std, crop_size, live_columns
 from structmat.projection.blockwise import project_monarch
+from structmat_kernels.monarch import monarch, monarch_transposed
 
 
 @matrix
 class Monarch(StructuredMatrix):
-    """A Monarch matrix (Dao et al. 2022): with k q = l r,
+    """A Monarch matrix (Dao et al. 2022): two block-diagonal factors around a stride permutation.
+
+    With k q = l r,
 
     ``h[i q + a] = sum_b right[i, a, b] x[i p + b]`` and ``y[u l + j] = sum_t left[j, u, t] h[t l + j]``.
 
@@ -49,8 +51,8 @@ class Monarch(StructuredMatrix):
 
     left: Tensor
     right: Tensor
-    nrows: int = static(None)
-    ncols: int = static(None)
+    nrows: int = static(default=None)
+    ncols: int = static(default=None)
 
     def __post_init__(self) -> None:
         for name in ("left", "right"):
@@ -60,8 +62,8 @@ class Monarch(StructuredMatrix):
         (l, s, r), (k, q, p) = self.left.shape[-3:], self.right.shape[-3:]
         if k * q != l * r:
             raise ValueError(
-                f"left (*batch, l, s, r) and right (*batch, k, q, p) must satisfy k q = l r, got {tuple(self.left.shape)}"
-                f" and {tuple(self.right.shape)}: {k} * {q} != {l} * {r}"
+                f"left (*batch, l, s, r) and right (*batch, k, q, p) must satisfy k q = l r, "
+                f"got {tuple(self.left.shape)} and {tuple(self.right.shape)}: {k} * {q} != {l} * {r}"
             )
         if self.left.shape[:-3] != self.right.shape[:-3]:
             raise ValueError(
@@ -96,9 +98,7 @@ class Monarch(StructuredMatrix):
         self._check_square(what)
         l, s, r, k, q, p = self.sizes
         if s != r or q != p:
-            raise ValueError(
-                f"{what} needs square blocks, got left blocks {s} x {r} and right blocks {q} x {p}"
-            )
+            raise ValueError(f"{what} needs square blocks, got left blocks {s} x {r} and right blocks {q} x {p}")
         if self.nrows != l * s or self.ncols != k * p:
             raise ValueError(
                 f"{what} needs an uncropped matrix: the blocks make {l * s} x {k * p}, of which "
@@ -112,17 +112,17 @@ class Monarch(StructuredMatrix):
 
     def _solve(self, b: Tensor) -> Tensor:
         self._check_invertible("solve")
-        l, s, r, k, q, _ = self.sizes
+        l, s, _, k, q, _ = self.sizes
         strided = b.unflatten(-2, (s, l)).transpose(-3, -2)  # (*batch, l, s, columns)
-        h = torch.linalg.solve(self.left, strided).transpose(-3, -2).flatten(-3, -2)
-        return torch.linalg.solve(self.right, h.unflatten(-2, (k, q))).flatten(-3, -2)
+        h = solve_columns(self.left, strided).transpose(-3, -2).flatten(-3, -2)
+        return solve_columns(self.right, h.unflatten(-2, (k, q))).flatten(-3, -2)
 
     def _solve_mT(self, b: Tensor) -> Tensor:
         self._check_invertible("solve")
         l, _, r, k, q, _ = self.sizes
-        h = torch.linalg.solve(self.right.mT, b.unflatten(-2, (k, q))).flatten(-3, -2)
+        h = solve_columns(self.right.mT, b.unflatten(-2, (k, q))).flatten(-3, -2)
         strided = h.unflatten(-2, (r, l)).transpose(-3, -2)
-        return torch.linalg.solve(self.left.mT, strided).transpose(-3, -2).flatten(-3, -2)
+        return solve_columns(self.left.mT, strided).transpose(-3, -2).flatten(-3, -2)
 
     def inverse(self) -> StructuredMatrix:
         """The inverse, the transpose of a Monarch matrix whose blocks are the inverse transposes of these.
@@ -206,9 +206,7 @@ class Monarch(StructuredMatrix):
         return cls(left, right, m, n), lost
 
     @classmethod
-    def from_dense(
-        cls, W: Tensor, nblocks: int | tuple[int, int] | list[int] = 4, rank: int | None = None
-    ) -> Self:
+    def from_dense(cls, W: Tensor, nblocks: int | tuple[int, int] | list[int] = 4, rank: int | None = None) -> Self:
         """The nearest Monarch matrix in Frobenius norm: a truncated SVD of every slice (Dao et al. 2022).
 
         Exact optimum for every size; singular values are split evenly between the factors. float16 and bfloat16 are

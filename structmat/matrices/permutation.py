@@ -18,12 +18,15 @@ def _check_permutation(perm: Tensor) -> None:
     # Tracing and the meta device have no values to look at.
     if torch.compiler.is_compiling() or perm.device.type == "meta":
         return
-    if not torch.equal(
-        perm.sort(-1).values, torch.arange(perm.shape[-1], device=perm.device).expand_as(perm)
-    ):
-        raise ValueError(
-            f"perm must hold every index from 0 to {perm.shape[-1] - 1} once in its last dimension"
-        )
+    if not torch.equal(perm.sort(-1).values, torch.arange(perm.shape[-1], device=perm.device).expand_as(perm)):
+        raise ValueError(f"perm must hold every index from 0 to {perm.shape[-1] - 1} once in its last dimension")
+
+
+def _gather(values: Tensor, index: Tensor, dim: int) -> Tensor:
+    """Take entries along dimension -1 or -2 by an index of size 1 in the other one; batches broadcast."""
+    batch = torch.broadcast_shapes(values.shape[:-2], index.shape[:-2])
+    sizes = (index.shape[-2], values.shape[-1]) if dim == -2 else (values.shape[-2], index.shape[-1])
+    return values.expand(*batch, *values.shape[-2:]).gather(dim, index.expand(*batch, *sizes))
 
 
 @matrix
@@ -49,7 +52,7 @@ class Permutation(StructuredMatrix):
     """
 
     perm: Tensor
-    dtype: torch.dtype = static(None)  # pyright: ignore[reportIncompatibleMethodOverride, reportAssignmentType]
+    dtype: torch.dtype = static(default=None)  # pyright: ignore[reportIncompatibleMethodOverride]
 
     def __post_init__(self) -> None:
         check_tensor("perm", self.perm, 1)
@@ -76,7 +79,7 @@ class Permutation(StructuredMatrix):
     def _linear(self, x: Tensor) -> Tensor:
         if self.perm.ndim == 1:
             return x.index_select(-1, self.perm)
-        return torch.take_along_dim(x, self.perm.unsqueeze(-2), -1)
+        return _gather(x, self.perm.unsqueeze(-2), -1)
 
     @property
     def mT(self) -> Permutation:
@@ -105,18 +108,16 @@ class Permutation(StructuredMatrix):
             label = torch.minimum(label, label.gather(-1, jump))
             jump = jump.gather(-1, jump)
         odd = (n - (label == index).sum(-1)) % 2
-        return (1 - 2 * odd).to(self.dtype), torch.zeros(
-            odd.shape, dtype=self.dtype.to_real(), device=self.device
-        )
+        return (1 - 2 * odd).to(self.dtype), torch.zeros(odd.shape, dtype=self.dtype.to_real(), device=self.device)
 
     def conj(self) -> Self:
         return self
 
     def _compose(self, other: StructuredMatrix) -> StructuredMatrix | None:
         if isinstance(other, Permutation):
-            return self._like(torch.take_along_dim(other.perm, self.perm, -1))
+            return self._like(_gather(other.perm.unsqueeze(-1), self.perm.unsqueeze(-1), -2).squeeze(-1))
         if isinstance(other, Dense):
-            return Dense(torch.take_along_dim(other.weight, self.perm.unsqueeze(-1), -2))
+            return Dense(_gather(other.weight, self.perm.unsqueeze(-1), -2))
         return None
 
     def _rcompose(self, other: StructuredMatrix) -> StructuredMatrix | None:
@@ -146,11 +147,7 @@ class Permutation(StructuredMatrix):
             raise ValueError(f"W must be square for a permutation, got shape {tuple(W.shape)}")
         gains = W.detach().resolve_conj().real if W.is_complex() else W.detach()
         gains = gains.to("cpu", torch.float64).numpy().reshape(-1, *W.shape[-2:])
-        perms = (
-            np.stack([linear_sum_assignment(g, maximize=True)[1] for g in gains])
-            if len(gains)
-            else gains[..., 0]
-        )
+        perms = np.stack([linear_sum_assignment(g, maximize=True)[1] for g in gains]) if len(gains) else gains[..., 0]
         perm = torch.as_tensor(perms.astype(np.int64), device=W.device).reshape(W.shape[:-1])
         return cls(perm, W.dtype)
 
@@ -178,4 +175,4 @@ class Permutation(StructuredMatrix):
         if m != n:
             raise ValueError(f"shape must be square for a permutation, got {tuple(shape)}")
         keys = torch.rand((*batch, n), generator=generator, device=device, dtype=torch.float64)
-        return cls(keys.argsort(-1), dtype)
+        return cls(keys.argsort(-1), dtype or torch.get_default_dtype())

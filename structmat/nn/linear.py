@@ -103,9 +103,7 @@ class StructuredLinear(nn.Module):
         return cls._from_parts(project(linear.weight.detach(), config).matrix, linear.bias, linear)
 
     def extra_repr(self) -> str:
-        return (
-            f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
-        )
+        return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
 
 
 def check_linear(linear: Any) -> None:

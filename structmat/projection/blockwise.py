@@ -22,9 +22,7 @@ def slice_ranks(l: int, k: int, q: int, device: torch.device | None = None) -> T
 
 
 @torch.no_grad()
-def project_monarch(
-    W: Tensor, l: int, s: int, r: int, k: int, q: int, p: int
-) -> tuple[Tensor, Tensor, Tensor]:
+def project_monarch(W: Tensor, l: int, s: int, r: int, k: int, q: int, p: int) -> tuple[Tensor, Tensor, Tensor]:
     """The Monarch factors nearest to W in Frobenius norm.
 
     Slice (i, j) of the matrix, rows j, l + j, 2 l + j, ... and columns i p, ..., i p + p - 1, is the product of its
@@ -45,9 +43,7 @@ def project_monarch(
         (*batch) in double precision: no Monarch matrix of these shapes comes nearer to W.
     """
     padded = _pad(W, l * s, k * p)
-    slices = (
-        padded.unflatten(-1, (k, p)).unflatten(-3, (s, l)).movedim((-2, -3), (-4, -3))
-    )  # (*batch, k, l, s, p)
+    slices = padded.unflatten(-1, (k, p)).unflatten(-3, (s, l)).movedim((-2, -3), (-4, -3))  # (*batch, k, l, s, p)
     ranks = slice_ranks(l, k, q, W.device)
     left_parts, right_parts, lost = truncated_svd(slices, -(-q // l), ranks)
 

@@ -40,11 +40,7 @@ def truncated_svd(W: Tensor, rank: int, keep: Tensor | None = None) -> tuple[Ten
     """
     batch, (m, n) = W.shape[:-2], W.shape[-2:]
     flat = W.reshape(-1, m, n)
-    kept = (
-        torch.full((flat.shape[0],), rank, device=W.device)
-        if keep is None
-        else keep.expand(batch).reshape(-1)
-    )
+    kept = torch.full((flat.shape[0],), rank, device=W.device) if keep is None else keep.expand(batch).reshape(-1)
     double = work_dtype(W)
     left = torch.zeros((flat.shape[0], m, rank), dtype=W.dtype, device=W.device)
     right = torch.zeros((flat.shape[0], rank, n), dtype=W.dtype, device=W.device)

@@ -1,4 +1,4 @@
-"""Random factors: uniform entries of a given standard deviation, as ``nn.Linear`` draws them."""
+"""What the classes share: random blocks and batched solves."""
 
 from __future__ import annotations
 
@@ -22,3 +22,14 @@ def uniform_(t: Tensor, std: float | Tensor, generator: torch.Generator | None =
         return t.copy_(torch.view_as_complex(uniform_(parts, 1.0, generator))).mul_(std / math.sqrt(2))
     bound = math.sqrt(3)
     return t.uniform_(-bound, bound, generator=generator).mul_(std)
+
+
+def solve_columns(blocks: Tensor, b: Tensor) -> Tensor:
+    """``blocks^-1 b`` for b of shape (*batch, n, k), never read as a stack of vectors.
+
+    ``torch.linalg.solve`` takes b for vectors where its shape happens to be that of ``blocks`` without the last
+    dimension, and vmap misaligns batches of different lengths: b gets all of the batch dimensions first.
+    """
+    if b.ndim < blocks.ndim:
+        b = b.expand(*torch.broadcast_shapes(blocks.shape[:-2], b.shape[:-2]), *b.shape[-2:])
+    return torch.linalg.solve(blocks, b)

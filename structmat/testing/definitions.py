@@ -1,0 +1,101 @@
+"""Dense matrices entry by entry, from the definitions in the docstrings: slow, and independent of the fast code."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from structmat.base import StructuredMatrix
+from structmat.kronecker import Kronecker
+from structmat.lazy import Inverse, Product, Scaled, Sum, Transposed
+from structmat.matrices import BlockDiagonal, Dense, Diagonal, LowRank, Monarch, Permutation
+
+
+def dense_by_definition(A: StructuredMatrix) -> Tensor:
+    """The dense tensor of A, shape (*batch, m, n), made by Python loops over the definition of its class.
+
+    Raises:
+        TypeError: if the class has no definition here.
+    """
+    batch = A.shape[:-2]
+    if isinstance(A, (Product, Sum, Kronecker)):
+        parts = A.terms if isinstance(A, Sum) else A.factors
+        dense = [dense_by_definition(p).expand(*batch, *p.shape[-2:]) for p in parts]
+        join = {Product: torch.matmul, Sum: torch.add, Kronecker: _kron}[type(A)]
+        return functools.reduce(join, dense)
+    if isinstance(A, Transposed):
+        return dense_by_definition(A.base).mT
+    if isinstance(A, Scaled):
+        return A.scale * dense_by_definition(A.base)
+    if isinstance(A, Inverse):
+        return torch.linalg.inv(dense_by_definition(A.base))
+    if type(A) not in _ENTRIES:
+        raise TypeError(f"no definition of {type(A).__name__}; known are {', '.join(c.__name__ for c in _ENTRIES)}")
+    tensors = [
+        t.expand(*batch, *t.shape[t.ndim - rank :]) for t, rank in zip(A.tensors(), _RANKS[type(A)], strict=True)
+    ]
+    dense = torch.zeros(A.shape, dtype=A.dtype, device=A.device)
+    for index in itertools.product(*(range(b) for b in batch)):
+        _ENTRIES[type(A)](dense[index], A, *(t[index] for t in tensors))
+    return dense
+
+
+def _kron(a: Tensor, b: Tensor) -> Tensor:
+    out = a.new_zeros(*a.shape[:-2], a.shape[-2] * b.shape[-2], a.shape[-1] * b.shape[-1])
+    for i, j in itertools.product(range(a.shape[-2]), range(a.shape[-1])):
+        rows, cols = slice(i * b.shape[-2], (i + 1) * b.shape[-2]), slice(j * b.shape[-1], (j + 1) * b.shape[-1])
+        out[..., rows, cols] = a[..., i : i + 1, j : j + 1] * b
+    return out
+
+
+def _dense(out: Tensor, A: Any, weight: Tensor) -> None:
+    out.copy_(weight)
+
+
+def _diagonal(out: Tensor, A: Any, diag: Tensor) -> None:
+    for i in range(out.shape[0]):
+        out[i, i] = diag[i]
+
+
+def _permutation(out: Tensor, A: Any, perm: Tensor) -> None:
+    for i in range(out.shape[0]):
+        out[i, perm[i]] = 1
+
+
+def _low_rank(out: Tensor, A: Any, left: Tensor, right: Tensor) -> None:
+    for c in range(left.shape[1]):
+        out += torch.outer(left[:, c], right[c])
+
+
+def _block_diagonal(out: Tensor, A: Any, blocks: Tensor) -> None:
+    k, q, p = blocks.shape
+    for i, a, b in itertools.product(range(k), range(q), range(p)):
+        if i * q + a < out.shape[0] and i * p + b < out.shape[1]:
+            out[i * q + a, i * p + b] = blocks[i, a, b]
+
+
+def _monarch(out: Tensor, A: Any, left: Tensor, right: Tensor) -> None:
+    (l, s, r), (k, q, p) = left.shape, right.shape
+    first = out.new_zeros(k * q, k * p)
+    for i, a, b in itertools.product(range(k), range(q), range(p)):
+        first[i * q + a, i * p + b] = right[i, a, b]
+    second = out.new_zeros(l * s, l * r)
+    for j, u, t in itertools.product(range(l), range(s), range(r)):
+        second[u * l + j, t * l + j] = left[j, u, t]
+    out.copy_((second @ first)[: out.shape[0], : out.shape[1]])
+
+
+_ENTRIES = {
+    Dense: _dense,
+    Diagonal: _diagonal,
+    Permutation: _permutation,
+    LowRank: _low_rank,
+    BlockDiagonal: _block_diagonal,
+    Monarch: _monarch,
+}
+# How many dimensions of each factor are not batch.
+_RANKS = {Dense: (2,), Diagonal: (1,), Permutation: (1,), LowRank: (2, 2), BlockDiagonal: (3,), Monarch: (3, 3)}

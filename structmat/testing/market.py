@@ -1,0 +1,131 @@
+"""One entry for every class and structure: a new class is tested everywhere by adding its entries here."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from structmat.base import StructuredMatrix
+from structmat.kronecker import Kronecker
+from structmat.lazy import Inverse, Product, Scaled, Sum, Transposed
+from structmat.matrices import BlockDiagonal, Dense, Diagonal, LowRank, Monarch, Permutation
+from structmat.testing.definitions import dense_by_definition
+from structmat.testing.entry import Entry
+
+Make = Callable[[torch.dtype, Any], StructuredMatrix]
+# What torch.linalg factorises.
+_SOLVABLE = (torch.float64, torch.complex128, torch.float32, torch.complex64)
+
+
+def _random(cls: Any, *args: Any, **structure: Any) -> Make:
+    return lambda dtype, device: cls.random(*args, **structure, dtype=dtype, device=device)
+
+
+def _near_identity(*shape: int) -> Callable[[torch.dtype, Any], Tensor]:
+    """Square blocks that are safely invertible: the identity plus something of norm below one."""
+
+    def make(dtype: torch.dtype, device: Any) -> Tensor:
+        n = shape[-1]
+        noise = torch.randn(shape, dtype=dtype) / (4 * n**0.5)
+        return (torch.eye(n, dtype=dtype) + noise).to(device)
+
+    return make
+
+
+def _invertible_monarch(l: int, s: int, k: int, p: int, batch: tuple[int, ...] = ()) -> Make:
+    left, right = _near_identity(*batch, l, s, s), _near_identity(*batch, k, p, p)
+    return lambda dtype, device: Monarch(left(dtype, device), right(dtype, device))
+
+
+def _invertible_blocks(k: int, q: int, size: int) -> Make:
+    blocks = _near_identity(k, q, q)
+    return lambda dtype, device: BlockDiagonal(blocks(dtype, device), size, size)
+
+
+def _invertible_dense(*shape: int) -> Make:
+    weight = _near_identity(*shape)
+    return lambda dtype, device: Dense(weight(dtype, device))
+
+
+def _join(cls: Any, *makes: Make) -> Make:
+    return lambda dtype, device: cls(tuple(m(dtype, device) for m in makes))
+
+
+def _wrap(cls: Any, make: Make, *args: Any) -> Make:
+    return lambda dtype, device: cls(make(dtype, device), *args)
+
+
+def _entries() -> Iterator[tuple[str, Make, bool]]:
+    """Name, factory, and whether the matrix is invertible."""
+    yield "dense", _random(Dense, (5, 7)), False
+    yield "dense-square", _invertible_dense(6, 6), True
+    yield "dense-batch", _random(Dense, (2, 3, 4, 5)), False
+    yield "diagonal", lambda dt, dev: Diagonal(2 + torch.rand(7, dtype=dt).to(dev)), True
+    yield "diagonal-one", lambda dt, dev: Diagonal(2 + torch.rand(1, dtype=dt).to(dev)), True
+    yield "diagonal-batch", lambda dt, dev: Diagonal(2 + torch.rand(3, 5, dtype=dt).to(dev)), True
+    yield "permutation", _random(Permutation, (11, 11)), True
+    yield "permutation-batch", _random(Permutation, (2, 6, 6)), True
+    yield "lowrank", _random(LowRank, (7, 11), 3), False
+    yield "lowrank-row", _random(LowRank, (1, 5), 1), False
+    yield "lowrank-batch", _random(LowRank, (2, 3, 5, 4), 2), False
+    yield "blockdiagonal", _random(BlockDiagonal, (6, 9), nblocks=3), False
+    yield "blockdiagonal-prime", _random(BlockDiagonal, (7, 11), nblocks=3), False
+    yield "blockdiagonal-square", _invertible_blocks(3, 4, 12), True
+    yield "blockdiagonal-cropped", _invertible_blocks(3, 4, 11), True
+    yield "blockdiagonal-column", _random(BlockDiagonal, (5, 1), nblocks=1), False
+    yield "blockdiagonal-batch", _random(BlockDiagonal, (2, 4, 6), nblocks=2), False
+    yield "monarch", _random(Monarch, (6, 10), nblocks=2), False
+    yield "monarch-square", _invertible_monarch(3, 4, 2, 6), True
+    yield "monarch-sqrt", _invertible_monarch(4, 4, 4, 4), True
+    yield "monarch-prime", _random(Monarch, (13, 7), nblocks=(2, 3)), False
+    yield "monarch-rank", _random(Monarch, (11, 13), nblocks=(3, 2), rank=2), False
+    yield "monarch-uneven", _random(Monarch, (13, 13), nblocks=4), False
+    yield "monarch-empty-block", _random(Monarch, (5, 5), nblocks=4), False
+    yield "monarch-row", _random(Monarch, (1, 9), nblocks=(3, 1)), False
+    yield "monarch-column", _random(Monarch, (9, 1), nblocks=(1, 3)), False
+    yield "monarch-batch", _random(Monarch, (2, 3, 6, 4), nblocks=2), False
+    yield "monarch-batch-square", _invertible_monarch(2, 3, 3, 2, batch=(2,)), True
+    monarch, square = _random(Monarch, (6, 10), nblocks=2), _invertible_monarch(3, 4, 2, 6)
+    yield "transposed", _wrap(Transposed, monarch), False
+    yield "transposed-square", _wrap(Transposed, square), True
+    yield "product", _join(Product, _random(Dense, (3, 6)), monarch, _random(Permutation, (10, 10))), False
+    diagonal: Make = lambda dt, dev: Diagonal(2 + torch.rand(12, dtype=dt).to(dev))  # noqa: E731
+    yield "product-square", _join(Product, square, diagonal, _random(Permutation, (12, 12))), True
+    yield "product-batch", _join(Product, _random(Dense, (2, 1, 3, 6)), _random(Monarch, (3, 6, 4), 2)), False
+    yield "sum", _join(Sum, monarch, _random(LowRank, (6, 10), 2), _random(BlockDiagonal, (6, 10), 2)), False
+    yield "sum-batch", _join(Sum, _random(Monarch, (2, 6, 4), 2), _random(LowRank, (6, 4), 1)), False
+    yield "scaled", _wrap(Scaled, _random(Permutation, (7, 7)), -0.5), True
+    yield "scaled-batch", _wrap(Scaled, _random(Monarch, (2, 6, 4), 2), 3.0), False
+    yield "kronecker", _join(Kronecker, _random(Dense, (2, 3)), _random(LowRank, (4, 2), 1)), False
+    yield "kronecker-square", _join(Kronecker, _invertible_dense(2, 2), _invertible_monarch(1, 3, 1, 3)), True
+    yield "kronecker-three", _join(Kronecker, _random(Dense, (2, 1)), diagonal, _random(Dense, (1, 2))), False
+    yield "kronecker-batch", _join(Kronecker, _random(Dense, (3, 2, 2)), _random(Dense, (2, 3))), False
+    yield "inverse", _wrap(Inverse, square), True
+    yield "inverse-batch", _wrap(Inverse, _invertible_dense(2, 5, 5)), True
+
+
+def market(match: str = "") -> list[Entry]:
+    """The entries of the library.
+
+    Args:
+        match: only entries whose name contains this.
+
+    Example:
+        >>> from structmat.testing import market
+        >>> [entry.name for entry in market("diagonal-")][:2]
+        ['diagonal-one', 'diagonal-batch']
+    """
+    return [
+        Entry(
+            name,
+            make,
+            dense=dense_by_definition,
+            invertible=invertible,
+            **({"dtypes": _SOLVABLE} if name.startswith("inverse") else {}),
+        )
+        for name, make, invertible in _entries()
+        if match in name
+    ]
