@@ -22,11 +22,18 @@ __all__ = ["LINEAR_STD", "StructuredMatrix", "add_bias", "autocast_dtype", "matr
 #: Standard deviation of the outputs of a freshly initialised ``nn.Linear`` for inputs from N(0, 1).
 LINEAR_STD = 3.0**-0.5
 
+# Asked once: torch.compile of torch 2.11 does not trace is_autocast_available.
+_AUTOCAST_KINDS = frozenset(
+    kind
+    for kind in ("cpu", "cuda", "mps", "xpu", "hpu", "mtia", "xla", torch._C._get_privateuse1_backend_name())
+    if torch.amp.is_autocast_available(kind)
+)
+
 
 def autocast_dtype(device: torch.device) -> torch.dtype | None:
     """The dtype of the autocast region around the caller on ``device``, or None outside one."""
     kind = device.type
-    if kind == "meta" or not torch.amp.is_autocast_available(kind) or not torch.is_autocast_enabled(kind):
+    if kind not in _AUTOCAST_KINDS or not torch.is_autocast_enabled(kind):
         return None
     return torch.get_autocast_dtype(kind)
 

@@ -110,19 +110,23 @@ class Monarch(StructuredMatrix):
         batch, (l, s, _, k, _, p) = math.prod(self.batch_shape), self.sizes
         return batch * sum(blocks * (2 * size**3 // 3 + 2 * size * size) for blocks, size in ((l, s), (k, p)))
 
+    # Tokens stay the first dimension, as in the products: torch 2.11 does not export the other order with a dynamic
+    # number of them.
     def _solve(self, b: Tensor) -> Tensor:
         self._check_invertible("solve")
         l, s, _, k, q, _ = self.sizes
-        strided = b.unflatten(-2, (s, l)).transpose(-3, -2)  # (*batch, l, s, columns)
-        h = solve_columns(self.left, strided).transpose(-3, -2).flatten(-3, -2)
-        return solve_columns(self.right, h.unflatten(-2, (k, q))).flatten(-3, -2)
+        y = b.mT.unflatten(-1, (s, l)).movedim(-1, -3)  # (*batch, l, tokens, s)
+        h = solve_columns(self.left, y.mT).mT.movedim(-3, -1).flatten(-2)
+        h = h.unflatten(-1, (k, q)).movedim(-2, -3)  # (*batch, k, tokens, q)
+        return solve_columns(self.right, h.mT).mT.movedim(-3, -2).flatten(-2).mT
 
     def _solve_mT(self, b: Tensor) -> Tensor:
         self._check_invertible("solve")
         l, _, r, k, q, _ = self.sizes
-        h = solve_columns(self.right.mT, b.unflatten(-2, (k, q))).flatten(-3, -2)
-        strided = h.unflatten(-2, (r, l)).transpose(-3, -2)
-        return solve_columns(self.left.mT, strided).transpose(-3, -2).flatten(-3, -2)
+        x = b.mT.unflatten(-1, (k, q)).movedim(-2, -3)  # (*batch, k, tokens, q)
+        h = solve_columns(self.right.mT, x.mT).mT.movedim(-3, -2).flatten(-2)
+        h = h.unflatten(-1, (r, l)).movedim(-1, -3)  # (*batch, l, tokens, r)
+        return solve_columns(self.left.mT, h.mT).mT.movedim(-3, -1).flatten(-2).mT
 
     def inverse(self) -> StructuredMatrix:
         """The inverse, the transpose of a Monarch matrix whose blocks are the inverse transposes of these.
