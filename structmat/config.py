@@ -15,6 +15,9 @@ from structmat.base import StructuredMatrix
 from structmat.matrices import BlockDiagonal, LowRank, Monarch
 from structmat.projection.truncated import truncated_svd, work_dtype
 
+# Entries taken to double precision at a time when norms are measured.
+_CHUNK = 1 << 22
+
 
 class BudgetError(ValueError):
     """The parameter budget is below what the smallest matrix of the structure needs."""
@@ -248,7 +251,7 @@ def residual_norm(W: Tensor, A: StructuredMatrix) -> Tensor:
     double = work_dtype(W)
     value = A.to(double).mT
     m, n = W.shape[-2:]
-    step = max(1, (1 << 22) // max(n * math.prod(W.shape[:-2]), 1))
+    step = max(1, _CHUNK // max(n * math.prod(W.shape[:-2]), 1))
     total = torch.zeros((), dtype=double.to_real(), device=W.device)
     for start in range(0, m, step):
         rows = torch.zeros(min(step, m - start), m, dtype=double, device=W.device)
@@ -287,7 +290,8 @@ def project(W: Tensor, config: Config) -> Projection:
     if not torch.isfinite(W).all():
         raise ValueError("W has NaN or infinite entries")
     matrix, lost = config._project(W.detach())
-    size = torch.linalg.vector_norm(W.to(work_dtype(W)))
+    rows = W.reshape(-1, W.shape[-1]).split(max(1, _CHUNK // W.shape[-1]))
+    size = torch.stack([torch.linalg.vector_norm(r.to(work_dtype(W))) for r in rows]).norm()
     if size == 0:
         return Projection(matrix, 0.0, 0.0, config)
     return Projection(

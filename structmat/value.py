@@ -191,6 +191,13 @@ class FactorValue:
         return self
 
     def __repr__(self) -> str:
-        fields = ", ".join(f"{n}={getattr(self, n)}" for n in self._static)
+        def show(child: Any) -> str:
+            if isinstance(child, tuple):
+                return f"({', '.join(map(show, child))})"
+            return repr(tuple(child.shape)) if isinstance(child, Tensor) else repr(child)
+
+        fields = [f"{n}={show(getattr(self, n))}" for n in self._dynamic]
+        if not all(isinstance(t, Tensor) for t in self.tensors()):
+            return f"{type(self).__name__}({', '.join(fields)})"  # rebuilt around something else by a transformation
         kind = f"dtype={self.dtype}" + (f", device='{self.device}'" if self.device.type != "cpu" else "")
-        return f"{type(self).__name__}(shape={tuple(self.shape)}, {fields + ', ' if fields else ''}{kind})"
+        return f"{type(self).__name__}(shape={tuple(self.shape)}, {', '.join(fields)}, {kind})"

@@ -7,7 +7,6 @@ from typing import Any
 import numpy as np
 import torch
 from scipy.sparse.linalg import LinearOperator
-from torch import Tensor
 
 from structmat.base import StructuredMatrix
 
@@ -29,16 +28,18 @@ def linear_operator(A: StructuredMatrix) -> LinearOperator:
     value = A.detach().to("cpu")
     dtype = torch.empty(0, dtype=A.dtype).numpy().dtype
 
-    def tensor(x: np.ndarray) -> Tensor:
-        # SciPy probes with its own dtypes; the operator computes in A's, as a NumPy matrix of that dtype would store.
-        return torch.from_numpy(np.ascontiguousarray(x, dtype=dtype))
+    def apply(name: str, x: np.ndarray) -> np.ndarray:
+        # The dtype of the result is NumPy's: a float32 matrix times a float64 vector is computed in float64.
+        wanted = torch.from_numpy(np.empty(0, np.result_type(dtype, x.dtype))).dtype
+        operand = torch.from_numpy(np.ascontiguousarray(x)).to(wanted)
+        return getattr(value.to(wanted), name)(operand).resolve_conj().numpy()
 
-    build: Any = LinearOperator  # SciPy stubs describe the subclass to derive, not this factory
+    build: Any = LinearOperator  # SciPy's stubs describe the subclass to derive, not this factory
     return build(
         dtype=dtype,
         shape=tuple(A.shape),
-        matvec=lambda v: value.matvec(tensor(v).reshape(-1)).resolve_conj().numpy(),
-        rmatvec=lambda v: value.rmatvec(tensor(v).reshape(-1)).resolve_conj().numpy(),
-        matmat=lambda X: value.matmul(tensor(X)).resolve_conj().numpy(),
-        rmatmat=lambda X: value.rmatmul(tensor(X)).resolve_conj().numpy(),
+        matvec=lambda v: apply("matvec", v.reshape(-1)),
+        rmatvec=lambda v: apply("rmatvec", v.reshape(-1)),
+        matmat=lambda X: apply("matmul", X),
+        rmatmat=lambda X: apply("rmatmul", X),
     )

@@ -156,3 +156,27 @@ def test_gradients_flow_to_factors_that_are_not_leaves():
     M.linear(rand(5, 12)).square().sum().backward()
     assert code.grad is not None
     assert code.grad.abs().sum() > 0
+
+
+def test_scipy_operators_follow_numpys_dtypes():
+    A = sm.Monarch.random((6, 8), 2, generator=torch.Generator().manual_seed(0))
+    S, D = A.to_scipy(), A.to(F64).to_dense().numpy()
+    v = rand(8).numpy()
+    assert S.dtype == "float32"
+    assert_close(torch.from_numpy(S @ v), torch.from_numpy(D @ v))
+    assert_close(torch.from_numpy(S @ (v + 2j * v)), torch.from_numpy(D @ (v + 2j * v)))
+    assert (S @ v.astype("float32")).dtype == "float32"
+    with pytest.raises(TypeError, match="bfloat16"):
+        A.to(torch.bfloat16).to_scipy()
+    with pytest.raises(ValueError, match="batch"):
+        sm.Monarch.random((2, 6, 8), 2).to_scipy()
+
+
+def test_scipy_solves_with_a_monarch():
+    from scipy.sparse.linalg import gmres
+
+    M = sm.Monarch(torch.eye(4).expand(3, 4, 4) + rand(3, 4, 4) / 9, torch.eye(3).expand(4, 3, 3) + rand(4, 3, 3) / 9)
+    b = rand(12)
+    x, info = gmres(M.to_scipy(), b.numpy(), rtol=1e-12)
+    assert info == 0
+    assert_close(torch.from_numpy(x), M.solve(b), 1e-9)
