@@ -11,8 +11,7 @@ from structmat.config import (
     config_from_dict,
     project,
 )
-from structmat.kronecker import Kronecker
-from structmat.lazy import Inverse, Product, Scaled, Sum, Transposed
+from structmat.lazy import Inverse, Kronecker, Product, Scaled, Sum, Transposed
 from structmat.matrices import BlockDiagonal, Dense, Diagonal, LowRank, Monarch, Permutation
 
 __version__ = "0.1.0"

@@ -10,8 +10,7 @@ import torch
 from torch import Tensor
 
 from structmat.base import StructuredMatrix
-from structmat.kronecker import Kronecker
-from structmat.lazy import Inverse, Product, Scaled, Sum, Transposed
+from structmat.lazy import Inverse, Kronecker, Product, Scaled, Sum, Transposed
 from structmat.matrices import BlockDiagonal, Dense, Diagonal, LowRank, Monarch, Permutation
 
 

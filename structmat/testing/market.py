@@ -9,8 +9,7 @@ import torch
 from torch import Tensor
 
 from structmat.base import StructuredMatrix
-from structmat.kronecker import Kronecker
-from structmat.lazy import Inverse, Product, Scaled, Sum, Transposed
+from structmat.lazy import Inverse, Kronecker, Product, Scaled, Sum, Transposed
 from structmat.matrices import BlockDiagonal, Dense, Diagonal, LowRank, Monarch, Permutation
 from structmat.testing.definitions import dense_by_definition
 from structmat.testing.entry import Entry

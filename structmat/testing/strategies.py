@@ -12,8 +12,7 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 
 from structmat.base import StructuredMatrix
-from structmat.kronecker import Kronecker
-from structmat.lazy import Product, Sum
+from structmat.lazy import Kronecker, Product, Sum
 from structmat.matrices import BlockDiagonal, Dense, Diagonal, LowRank, Monarch, Permutation
 
 Strategy = st.SearchStrategy

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from structmat.base import LINEAR_STD, StructuredMatrix, matrix
-from structmat.lazy import _batch, _check_tuple, compose
+from structmat.lazy._parts import check_tuple, common_batch
+from structmat.lazy.joins import compose
 
 
 @matrix
@@ -27,14 +28,14 @@ class Kronecker(StructuredMatrix):
     factors: tuple[StructuredMatrix, ...]
 
     def __post_init__(self) -> None:
-        _check_tuple("factors", self.factors, "Kronecker product")
+        check_tuple("factors", self.factors, "Kronecker product")
 
     @property
     def shape(self) -> torch.Size:
         rows = cols = 1  # loops: torch.compile does not trace math.prod of a generator
         for factor in self.factors:
             rows, cols = rows * factor.shape[-2], cols * factor.shape[-1]
-        return torch.Size((*_batch(self.factors), rows, cols))
+        return torch.Size((*common_batch(self.factors), rows, cols))
 
     def _apply(self, x: Tensor, solve: bool, transpose: bool) -> Tensor:
         # The last axis is the list of all factors' axes. Each step applies a factor to the last of them and moves
@@ -85,7 +86,7 @@ class Kronecker(StructuredMatrix):
         return Kronecker(tuple(f.mT for f in self.factors))
 
     def _count(self, solve: bool) -> int:
-        total, batch = 0, math.prod(_batch(self.factors))
+        total, batch = 0, math.prod(common_batch(self.factors))
         widths = [f.shape[-1] for f in self.factors]
         for i in reversed(range(len(self.factors))):
             factor, others = self.factors[i], math.prod(widths[:i] + widths[i + 1 :])
