@@ -48,7 +48,7 @@ class Entry:
     make: Callable[[torch.dtype, Any], StructuredMatrix]
     dense: Callable[[StructuredMatrix], Tensor] | None = None
     invertible: bool = False
-    dtypes: tuple[torch.dtype, ...] = tuple(d for d in TOLERANCES if d is not torch.float16)
+    dtypes: tuple[torch.dtype, ...] = tuple(TOLERANCES)
 
     def __call__(self, dtype: torch.dtype = torch.float64, device: Any = "cpu", seed: int = 0) -> StructuredMatrix:
         """The matrix of this dtype, device and seed."""
