@@ -1,6 +1,6 @@
 """structmat: structured matrices for PyTorch."""
 
-from structmat import nn
+from structmat import nn, surgery
 from structmat.base import StructuredMatrix, matrix, static
 from structmat.config import (
     BlockDiagonalConfig,
@@ -40,4 +40,5 @@ __all__ = [
     "nn",
     "project",
     "static",
+    "surgery",
 ]
