@@ -38,6 +38,7 @@ myst_heading_anchors = 3
 # Reference
 autodoc_member_order = "bysource"
 autodoc_typehints = "signature"
+autodoc_preserve_defaults = True  # LINEAR_STD, not its digits
 autodoc_typehints_format = "short"
 autodoc_inherit_docstrings = False  # a class lists what it documents, not every override of the protocol
 autodoc_default_options = {"members": True, "show-inheritance": True}

@@ -5,6 +5,7 @@ from structmat.base import StructuredMatrix, matrix, static
 from structmat.config import (
     BlockDiagonalConfig,
     BudgetError,
+    Config,
     LowRankConfig,
     MonarchConfig,
     Projection,
@@ -20,6 +21,7 @@ __all__ = [
     "BlockDiagonal",
     "BlockDiagonalConfig",
     "BudgetError",
+    "Config",
     "Dense",
     "Diagonal",
     "Inverse",

@@ -94,7 +94,10 @@ class StructuredMatrix(FactorValue):
 
     @property
     def flops(self) -> int:
-        """Multiplications plus additions of one product with a vector, summed over the batch."""
+        """Multiplications plus additions of one product with a vector, summed over the batch.
+
+        Of a complex matrix, complex ones: about four times as many real operations.
+        """
         raise NotImplementedError(f"{type(self).__name__} does not state its flops")
 
     @property
@@ -129,6 +132,7 @@ class StructuredMatrix(FactorValue):
             raise ValueError(
                 f"{name} must have size {size} in dimension {axis} to meet a matrix of shape {tuple(self.shape)}, "
                 f"got shape {tuple(x.shape)}"
+                + ("; for vectors in the last dimension, use A.linear(X)" if axis == -2 and x.shape[-1] == size else "")
             )
         value, cast_to = self, autocast_dtype(x.device)
         if cast_to is not None:
@@ -295,11 +299,17 @@ class StructuredMatrix(FactorValue):
 
         if isinstance(other, StructuredMatrix):
             return lazy.compose(self, other)
+        if isinstance(other, np.ndarray):
+            raise TypeError(
+                "A @ ndarray: use torch.from_numpy(x) for a tensor, or A.to_scipy() @ x for NumPy in and out"
+            )
         if not isinstance(other, Tensor):
             return NotImplemented
         return self.linear(other) if other.ndim == 1 else self.matmul(other)
 
     def __rmatmul__(self, other: Any) -> Any:
+        if isinstance(other, np.ndarray):
+            raise TypeError("ndarray @ A: use torch.from_numpy(x) for a tensor, or A.mT.to_scipy() @ x.T")
         return self.mT.linear(other) if isinstance(other, Tensor) else NotImplemented
 
     def __add__(self, other: Any) -> Any:

@@ -23,9 +23,16 @@ class BudgetError(ValueError):
     """The parameter budget is below what the smallest matrix of the structure needs."""
 
 
+#: Every config class by the name of its structure; subclasses of :class:`Config` enter themselves.
+CONFIGS: dict[str, type[Config]] = {}
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config:
     """Base class of the configs; a config says how to turn an m x n matrix into a structured one.
+
+    A subclass sets ``structure`` (its name in JSON) and ``matrix_class``, a class with ``from_dense`` and ``random``,
+    and defines :meth:`resolve`; then :func:`project` and ``structmat.surgery`` take it.
 
     Args:
         max_params: a budget in parameters for each matrix.
@@ -36,6 +43,9 @@ class Config:
     matrix_class: ClassVar[type[StructuredMatrix]]
     max_params: int | None = None
     ratio: float | None = None
+
+    def __init_subclass__(cls) -> None:
+        CONFIGS[cls.structure] = cls
 
     def __post_init__(self) -> None:
         if self.max_params is not None and self.ratio is not None:
@@ -73,9 +83,11 @@ class Config:
         build: Any = self.matrix_class
         return build.random(shape, **self.resolve(int(shape[-2]), int(shape[-1])), **kwargs)
 
-    def _project(self, W: Tensor) -> tuple[StructuredMatrix, Tensor]:
+    def _project(self, W: Tensor) -> tuple[StructuredMatrix, Tensor | None]:
+        """The projection, and the norm that every matrix of the structure misses at least (None if not known)."""
         build: Any = self.matrix_class
-        return build._project(W, **self.resolve(int(W.shape[-2]), int(W.shape[-1])))
+        sizes = self.resolve(int(W.shape[-2]), int(W.shape[-1]))
+        return build._project(W, **sizes) if hasattr(build, "_project") else (build.from_dense(W, **sizes), None)
 
     def to_dict(self) -> dict[str, Any]:
         """A JSON-serialisable dictionary; :func:`config_from_dict` reads it back."""
@@ -158,7 +170,7 @@ class LowRankConfig(Config):
             raise self._over(m, n, m + n)
         return {"rank": rank}
 
-    def _project(self, W: Tensor) -> tuple[StructuredMatrix, Tensor]:
+    def _project(self, W: Tensor) -> tuple[StructuredMatrix, Tensor | None]:
         left, right, lost = truncated_svd(W, **self.resolve(int(W.shape[-2]), int(W.shape[-1])))
         return LowRank(left, right), lost
 
@@ -202,10 +214,6 @@ class BlockDiagonalConfig(Config):
         raise self._over(m, n, min(counts))
 
 
-#: Every config by the name of its structure.
-CONFIGS: dict[str, type[Config]] = {c.structure: c for c in (MonarchConfig, LowRankConfig, BlockDiagonalConfig)}
-
-
 def config_from_dict(data: dict[str, Any]) -> Config:
     """Build a config from the dictionary that ``Config.to_dict`` made.
 
@@ -230,13 +238,14 @@ class Projection:
     Attributes:
         matrix: the projection.
         error: the achieved ``|W - M|_F / |W|_F``, measured in double precision on the returned factors.
-        bound: no matrix of this structure has a smaller error. ``error`` equals it up to rounding to the dtype.
+        bound: no matrix of this structure has a smaller error; ``error`` equals it up to rounding to the dtype. None
+            for a class that does not certify its projection.
         config: what was asked for.
     """
 
     matrix: StructuredMatrix
     error: float
-    bound: float
+    bound: float | None
     config: Config
 
 
@@ -292,11 +301,6 @@ def project(W: Tensor, config: Config) -> Projection:
     matrix, lost = config._project(W.detach())
     rows = W.reshape(-1, W.shape[-1]).split(max(1, _CHUNK // W.shape[-1]))
     size = torch.stack([torch.linalg.vector_norm(r.to(work_dtype(W))) for r in rows]).norm()
-    if size == 0:
-        return Projection(matrix, 0.0, 0.0, config)
-    return Projection(
-        matrix,
-        (residual_norm(W, matrix) / size).item(),
-        (torch.linalg.vector_norm(lost) / size).item(),
-        config,
-    )
+    scale = size if size > 0 else torch.ones_like(size)
+    bound = None if lost is None else (torch.linalg.vector_norm(lost) / scale).item()
+    return Projection(matrix, (residual_norm(W, matrix) / scale).item(), bound, config)

@@ -201,6 +201,38 @@ def test_weights_that_are_not_finite(tmp_path, capsys):
     assert "NaN or infinite entries in layers.3.weight, up.weight; leave them alone with --exclude" in line
 
 
+@pytest.mark.parametrize("error", [KeyboardInterrupt, OSError(28, "No space left on device"), RuntimeError])
+@pytest.mark.parametrize("kind", ["file", "folder"])
+def test_an_interrupted_run_leaves_the_old_output(request, tmp_path, capsys, monkeypatch, kind, error):
+    source, out = request.getfixturevalue(kind), tmp_path / "out"
+    assert run("compress", source, out, "--ratio", "0.5") == 0
+    files = {p: p.read_bytes() for p in ([out] if kind == "file" else out.iterdir())}
+    real, calls = structmat.project, []
+
+    def project(*args):
+        calls.append(args)
+        if len(calls) == 4:
+            raise error
+        return real(*args)
+
+    monkeypatch.setattr("structmat.surgery.files.project", project)
+    for target in (out, tmp_path / "new"):
+        calls.clear()
+        args = ("compress", source, target, "--ratio", "0.4", "--force")
+        if error is KeyboardInterrupt:
+            assert run(*args) == 130
+            assert capsys.readouterr().err == "structmat: interrupted\n"
+        elif error is RuntimeError:
+            with pytest.raises(RuntimeError):  # a fault of ours keeps its traceback
+                run(*args)
+        else:
+            assert fails(capsys, *args) == "structmat: error: No space left on device\n"
+        assert len(calls) == 4
+    assert {p: p.read_bytes() for p in files} == files
+    assert not (tmp_path / "new").exists()
+    assert no_leftovers(tmp_path)
+
+
 def command(*args, **kwargs):
     return subprocess.run(
         [sys.executable, "-m", "structmat.cli", *map(str, args)],

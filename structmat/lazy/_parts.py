@@ -23,6 +23,7 @@ def check_pair(a: StructuredMatrix, b: StructuredMatrix, what: str) -> None:
 
 
 def check_tuple(name: str, values: Any, what: str) -> None:
+    """Raise unless values are structured matrices of one dtype and device whose batches broadcast."""
     if not isinstance(values, tuple) or not values:
         raise TypeError(f"{name} of a {what} must be a non-empty tuple of structured matrices, got {values!r}")
     for value in values:

@@ -73,13 +73,21 @@ class LowRank(StructuredMatrix):
     def flops(self) -> int:
         return 2 * math.prod(self.batch_shape) * self.rank * sum(self.shape[-2:])
 
+    def _not_invertible(self, what: str) -> ValueError:
+        self._check_square(what)
+        n, r = self.shape[-1], self.rank
+        if r < n:
+            return ValueError(f"{what}: a {n} x {n} matrix of rank {r} is singular")
+        return ValueError(f"{what}: a product of factors of inner size {r} >= {n} has no structured solver; use Dense")
+
     def _solve(self, b: Tensor) -> Tensor:
-        self._check_square("solve")
-        raise ValueError(f"a LowRank of shape {tuple(self.shape)} and rank {self.rank} is not inverted by its factors")
+        raise self._not_invertible("solve")
 
     def inverse(self) -> StructuredMatrix:
-        self._check_square("inverse")
-        raise ValueError(f"a LowRank of shape {tuple(self.shape)} and rank {self.rank} is not inverted by its factors")
+        raise self._not_invertible("inverse")
+
+    def slogdet(self) -> tuple[Tensor, Tensor]:
+        raise self._not_invertible("slogdet")
 
     def _scale(self, scalar: Tensor) -> LowRank:
         return LowRank(scalar * self.left, self.right)

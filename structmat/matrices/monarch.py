@@ -28,7 +28,7 @@ class Monarch(StructuredMatrix):
     l s r + k q p parameters, twice as many operations a product; the transpose costs the same. ``nrows`` and
     ``ncols`` crop rows and columns at the end, for sizes that the blocks do not divide. The layout is that of fly's
     ``blockdiag_butterfly_multiply`` with w1 = right and w2 = left. Slices of uniform rank rho (rows j, l + j, ... and
-    columns i p, ..., i p + p - 1) have q = l rho and r = k rho.
+    columns i p, ..., i p + p - 1) have q = l rho and r = k rho; the whole matrix then has rank at most k l rho.
 
     Args:
         left: shape (*batch, l, s, r).

@@ -84,7 +84,9 @@ def _by_gram(W: Tensor, rank: int, keep: Tensor, total: Tensor) -> tuple[Tensor,
         right, left, lost2 = _by_gram(W.mH, rank, keep, total)
         return left.mH, right.mH, lost2
     values, vectors = torch.linalg.eigh(W.mH @ W)
-    values, vectors = values.flip(-1)[..., :rank], vectors.flip(-1)[..., :rank]
+    # Cut before the copy that flip makes: of a large matrix all eigenvectors are as large as the matrix.
+    first = values.shape[-1] - rank
+    values, vectors = values[..., first:].flip(-1), vectors[..., first:].flip(-1)
     used = _mask(rank, keep)
     root = values.clamp_min(0).pow(0.25)
     scaled = W @ vectors

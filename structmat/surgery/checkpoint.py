@@ -229,7 +229,7 @@ def _check(
     for what, names in (("missing in the file", missing), ("not in the model", unexpected)):
         if names:
             more = f" and {len(names) - 8} more" if len(names) > 8 else ""
-            problems.append(f"{what}: {', '.join(names[:8])}{more}")
+            problems.append(f"{what}: {', '.join(names[:8])}{more} (strict=False allows this)")
     for name, source in sources.items():
         shape, dtype = found.entry(source).shape, found.entry(source).dtype
         if dtype not in DTYPES:

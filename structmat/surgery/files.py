@@ -253,7 +253,7 @@ def _write_shard(
     kept = {name: entry for name, entry in file.entries.items() if name not in removed}
     entries = {**kept, **{name: entry for job in jobs for name, entry in job.entries.items()}}
     # An alias of a tensor that is gone would promise what the file does not hold.
-    metadata = {k: v for k, v in file.metadata.items() if k != KEY }
+    metadata = {k: v for k, v in file.metadata.items() if k != KEY and v not in removed}
     old = parse_layers(file.metadata, str(file.path))
     layers = {name: layer for name, layer in old.items() if layer_kept(name, layer, checkpoint, removed)}
     layers |= {job.name: job.layer for job in jobs if job.layer is not None}

@@ -53,7 +53,8 @@ def test_inverse_of_a_monarch_is_one_too():
         (lambda: sm.Monarch.random((12, 12), 2, 1), "square blocks"),
         (lambda: sm.Monarch.random((11, 11), 4), "uncropped"),
         (lambda: sm.BlockDiagonal(torch.ones(2, 3, 2), 4, 4), "square blocks"),
-        (lambda: sm.LowRank.random((5, 5), 2), "rank 2"),
+        (lambda: sm.LowRank.random((5, 5), 2), "rank 2 is singular"),
+        (lambda: sm.LowRank.random((5, 5), 6), "use Dense"),
     ],
 )
 def test_why_a_matrix_cannot_be_inverted(matrix, text):
@@ -180,3 +181,12 @@ def test_scipy_solves_with_a_monarch():
     x, info = gmres(M.to_scipy(), b.numpy(), rtol=1e-12)
     assert info == 0
     assert_close(torch.from_numpy(x), M.solve(b), 1e-9)
+
+
+def test_common_mistakes_are_told_the_way_out():
+    A = sm.Monarch.random((6, 8), 2)
+    with pytest.raises(ValueError, match=r"A\.linear\(X\)"):
+        A @ torch.ones(3, 8)
+    for call in (lambda: A @ rand(8).numpy(), lambda: rand(6).numpy() @ A):
+        with pytest.raises(TypeError, match="to_scipy"):
+            call()

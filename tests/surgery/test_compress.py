@@ -138,6 +138,18 @@ def test_hooks_move_with_their_handles():
     assert seen == []
 
 
+def test_the_old_layer_keeps_working_alone():
+    model, seen = mlp(), []
+    old = model[0]
+    old.register_forward_hook(lambda m, i, o: seen.append(type(m).__name__))
+    surgery.compress_(model, MONARCH)
+    old.register_forward_hook(lambda m, i, o: seen.append("later"))
+    x = torch.randn(2, 24)
+    model(x)
+    old(x)
+    assert seen == ["MonarchLinear", "Linear", "later"]
+
+
 def test_every_container():
     shared = nn.Linear(8, 8)
 

@@ -52,7 +52,7 @@ def test_multihead_attention_is_safe():
 
 
 @pytest.mark.parametrize("masked", [False, True])
-def test_transformer_encoder_off_its_fused_path(masked):
+def test_transformer_encoder_off_its_fused_path(tmp_path, masked):
     torch.manual_seed(0)
     layer = nn.TransformerEncoderLayer(16, 2, 32, batch_first=True)
     model = nn.TransformerEncoder(layer, 2).eval()
@@ -63,6 +63,11 @@ def test_transformer_encoder_off_its_fused_path(masked):
     expected = model(x, src_key_padding_mask=mask)  # with gradients the fused path is not taken
     with torch.no_grad():
         torch.testing.assert_close(model(x, src_key_padding_mask=mask), expected)
+    surgery.save_file(model, tmp_path / "m.safetensors")
+    loaded = nn.TransformerEncoder(layer, 2).eval()
+    surgery.load_file(loaded, tmp_path / "m.safetensors")
+    with torch.no_grad():
+        torch.testing.assert_close(loaded(x, src_key_padding_mask=mask), expected)
 
 
 def pruned(layer):
@@ -81,6 +86,14 @@ def emptied(layer):
     layer.weight = nn.Parameter(torch.empty(8, 0))
 
 
+class Wrapped(torch.Tensor):
+    pass
+
+
+def wrapped(layer):
+    layer.weight = nn.Parameter(layer.weight.data.as_subclass(Wrapped))
+
+
 def float8(layer):
     layer.weight = nn.Parameter(layer.weight.data.to(torch.float8_e4m3fn), requires_grad=False)
 
@@ -94,6 +107,7 @@ def float8(layer):
         (adapted, "more than weight and bias: adapter"),
         (patched, "forward method has been replaced"),
         (emptied, "has shape (8, 0)"),
+        (wrapped, "its weight is a Wrapped, not a plain tensor"),
         (float8, "dtype torch.float8_e4m3fn"),
     ],
 )

@@ -47,6 +47,20 @@ def test_densify_keeps_ties():
     model[1].weight = model[0].weight
     surgery.densify_(model)
     assert model[0].weight is model[1].weight
+
+
+def test_densify_leaves_own_layers_alone():
+    class Own(structmat.nn.LowRankLinear):
+        def forward(self, x):
+            return super().forward(x) + 1
+
+    model = nn.Sequential(*(Own(8, 8, rank=2) if i else structmat.nn.LowRankLinear(8, 8, rank=2) for i in range(2)))
+    report = surgery.densify_(model)
+    assert [row.name for row in report.compressed] == ["0"]
+    assert report.skipped[0].skipped == "its class Own has a forward method of its own"
+
+
+def test_densify_leaves_shared_factors_alone():
     half = nn.Sequential(structmat.nn.LowRankLinear(8, 8, rank=2), structmat.nn.LowRankLinear(8, 8, rank=2))
     half[1].weight.left = half[0].weight.left
     half.append(structmat.nn.LowRankLinear(8, 8, rank=2))
