@@ -49,21 +49,20 @@ def truncated_svd(W: Tensor, rank: int, keep: Tensor | None = None) -> tuple[Ten
     step = max(1, _CHUNK // max(m * n, 1))
     for start in range(0, flat.shape[0], step):
         part = slice(start, start + step)
-        u, v, tail = _decompose(flat[part].to(double), top, kept[part])
+        u, v, tail = _decompose(flat[part], double, top, kept[part])
         left[part, :, :top], right[part, :top], lost[part] = u.to(W.dtype), v.to(W.dtype), tail
     return left.reshape(*batch, m, rank), right.reshape(*batch, rank, n), lost.reshape(batch)
 
 
-def _decompose(W: Tensor, rank: int, keep: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    total = torch.linalg.vector_norm(W, dim=(-2, -1)).square()
+def _decompose(W: Tensor, double: torch.dtype, rank: int, keep: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     if rank == min(W.shape[-2:]):
-        return _by_svd(W, rank, keep)
-    left, right, lost2 = _by_gram(W, rank, keep, total)
+        return _by_svd(W.to(double), rank, keep)
+    left, right, lost2, total = _by_gram(W, double, rank, keep)
     unsafe = ~(lost2 > _GRAM_SHARE * total)  # also where all is zero or not finite
     lost = lost2.clamp_min(0).sqrt()
     if unsafe.any():
         index = unsafe.nonzero().squeeze(-1)
-        left[index], right[index], lost[index] = _by_svd(W[index], rank, keep[index])
+        left[index], right[index], lost[index] = _by_svd(W[index].to(double), rank, keep[index])
     return left, right, lost
 
 
@@ -79,19 +78,30 @@ def _by_svd(W: Tensor, rank: int, keep: Tensor) -> tuple[Tensor, Tensor, Tensor]
     return U[..., :rank] * root.unsqueeze(-2), root.unsqueeze(-1) * Vh[..., :rank, :], lost
 
 
-def _by_gram(W: Tensor, rank: int, keep: Tensor, total: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _by_gram(W: Tensor, double: torch.dtype, rank: int, keep: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Factors, the square of what they lose, and the square of W's norm."""
     if W.shape[-2] < W.shape[-1]:
-        right, left, lost2 = _by_gram(W.mH, rank, keep, total)
-        return left.mH, right.mH, lost2
-    values, vectors = torch.linalg.eigh(W.mH @ W)
+        right, left, lost2, total = _by_gram(W.mH, double, rank, keep)
+        return left.mH, right.mH, lost2, total
+    # One matrix can be much larger than a chunk: it is taken to double precision a few rows at a time.
+    rows = max(1, _CHUNK // (W.shape[0] * W.shape[-1]))
+    total = torch.zeros(W.shape[0], dtype=double.to_real(), device=W.device)
+    gram = None
+    for piece in W.split(rows, -2):
+        piece = piece.to(double)
+        total += torch.linalg.vector_norm(piece, dim=(-2, -1)).square()
+        gram = piece.mH @ piece if gram is None else gram.baddbmm_(piece.mH, piece)
+    assert gram is not None  # W has rows
+    values, vectors = torch.linalg.eigh(gram)
+    del gram
     # Cut before the copy that flip makes: of a large matrix all eigenvectors are as large as the matrix.
     first = values.shape[-1] - rank
     values, vectors = values[..., first:].flip(-1), vectors[..., first:].flip(-1)
     used = _mask(rank, keep)
     root = values.clamp_min(0).pow(0.25)
-    scaled = W @ vectors
+    scaled = torch.cat([piece.to(double) @ vectors for piece in W.split(rows, -2)], -2)
     left = torch.where(used.unsqueeze(-2), scaled / root.unsqueeze(-2), 0)
     right = torch.where(used.unsqueeze(-1), root.unsqueeze(-1) * vectors.mH, 0)
     # Measured on the product, not on the eigenvalues, so that the certificate is that of these factors.
     held = torch.where(used, torch.linalg.vector_norm(scaled, dim=-2).square(), 0).sum(-1)
-    return left, right, total - held
+    return left, right, total - held, total

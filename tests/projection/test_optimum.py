@@ -177,3 +177,19 @@ def test_zero_and_rank_beyond_size():
     assert not right.any()
     assert not lost.any()
     assert sm.project(torch.zeros(8, 8), sm.MonarchConfig(nblocks=2)).error == 0
+
+
+def test_pieces_of_a_large_matrix_make_the_same_factors(monkeypatch):
+    """A matrix larger than a chunk is taken to double precision piece by piece."""
+    from structmat.projection import truncated
+
+    for dtype in (torch.float64, torch.complex128):
+        W = torch.randn(2, 37, 23, dtype=dtype, generator=torch.Generator().manual_seed(0))
+        whole = truncated_svd(W, 5)
+        for chunk in (1, 200):
+            monkeypatch.setattr(truncated, "_CHUNK", chunk)
+            for A, B in ((W, whole), (W.mH, (whole[1].mH, whole[0].mH, whole[2]))):
+                left, right, lost = truncated_svd(A, 5)
+                torch.testing.assert_close(left @ right, B[0] @ B[1], rtol=0, atol=1e-12)
+                torch.testing.assert_close(lost, B[2], rtol=1e-12, atol=0)
+        monkeypatch.undo()

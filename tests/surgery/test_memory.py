@@ -57,8 +57,10 @@ def checkpoint(tmp_path_factory):
         ["--structure", "blockdiagonal"],  # all 32 tensors: nothing may pile up
         # One in each shard, because a projection takes seconds.
         ["--nblocks", "16", "--ratio", "0.25", "--include", "layers.[08].*", "--include", "layers.[12][64].*"],
+        # One whole eigendecomposition of the size of a tensor, in double precision.
+        ["--structure", "lowrank", "--ratio", "0.25", "--include", "layers.9.*"],
     ],
-    ids=["blockdiagonal", "monarch"],
+    ids=["blockdiagonal", "monarch", "lowrank"],
 )
 def test_peak_memory_of_compress(checkpoint, tmp_path, options):
     shard = max(path.stat().st_size for path in checkpoint.glob("*.safetensors"))
