@@ -95,6 +95,7 @@ def compress_checkpoint(
     sketches = collect(
         [(c.name, lambda c=c: config.random(c.shape, dtype=c.dtype, device="meta")) for c in chosen],
         "Exclude them with --exclude, or choose another structure or budget",
+        most=3,  # the command's errors are one line
     )
     rows = {c.name: _row(c, sketch) for c, sketch in zip(chosen, sketches, strict=True)}
     if not dry_run:

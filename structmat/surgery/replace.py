@@ -237,12 +237,15 @@ def _sketch(selection: Selection) -> list[StructuredMatrix]:
     )
 
 
-def collect(sketches: list[tuple[str, Callable[[], StructuredMatrix]]], advice: str) -> list[StructuredMatrix]:
+def collect(
+    sketches: list[tuple[str, Callable[[], StructuredMatrix]]], advice: str, most: int | None = None
+) -> list[StructuredMatrix]:
     """Call every function, and raise one error for all that fail.
 
     Args:
         sketches: names of layers, and functions that make their weights on the meta device.
         advice: what to do about those that fail.
+        most: how many failures to tell of, all by default.
 
     Raises:
         structmat.BudgetError: if a budget is too small for a layer.
@@ -257,7 +260,8 @@ def collect(sketches: list[tuple[str, Callable[[], StructuredMatrix]]], advice: 
             problems.append((name, error))
     if problems:
         kind = BudgetError if any(isinstance(error, BudgetError) for _, error in problems) else ValueError
-        text = "\n".join(f"  {name}: {error}" for name, error in problems)
+        told = [f"  {name}: {error}" for name, error in problems[:most]]
+        text = "\n".join(told + ([f"  and {len(problems) - len(told)} more"] if len(told) < len(problems) else []))
         count = f"{len(problems)} of {len(sketches)} layers cannot take their config; nothing was changed"
         raise kind(f"{count}. {advice}:\n{text}")
     return done

@@ -64,11 +64,11 @@ class Report:
         >>> model = torch.nn.Sequential(torch.nn.Linear(64, 64), torch.nn.Linear(64, 10))
         >>> report = surgery.compress_(model, {"0": structmat.LowRankConfig(rank=8)}, dry_run=True)
         >>> print(report)
-        layer    shape  structure          params  share           flops  error  bound  time
-        ------------------------------------------------------------------------------------
-        0        64x64  lowrank 8  4,096 -> 1,024  25.0%  8,192 -> 2,048      -      -     -
-        ------------------------------------------------------------------------------------
-        1 layer                    4,096 -> 1,024  25.0%  8,192 -> 2,048      -            -
+        layer    shape  structure          params  share           flops  error  time
+        -----------------------------------------------------------------------------
+        0        64x64  lowrank 8  4,096 -> 1,024  25.0%  8,192 -> 2,048      -     -
+        -----------------------------------------------------------------------------
+        1 layer                    4,096 -> 1,024  25.0%  8,192 -> 2,048      -     -
         whole model: 4,810 -> 1,738 parameters (36.1%)
         left alone, no pattern matches its name: 1 (1)
         dry run: nothing was changed
@@ -125,7 +125,7 @@ class Report:
     # ---------------------------------------------------------------- text
     def table(self) -> str:
         """An aligned plain-text table of the replaced layers, the totals, and the layers left alone by reason."""
-        header = ("layer", "shape", "structure", "params", "share", "flops", "error", "bound", "time")
+        header = ("layer", "shape", "structure", "params", "share", "flops", "error", "time")
         lines: list[tuple[str, ...]] = [header]
         for row in self.compressed:
             lines.append(
@@ -137,7 +137,6 @@ class Report:
                     share(row.params_after, row.params_before),
                     _pair(row.flops_before, row.flops_after),
                     _number(row.error),
-                    _number(row.bound),
                     "-" if row.seconds is None else f"{row.seconds:.2f} s",
                 )
             )
@@ -151,7 +150,6 @@ class Report:
                 share(self.params_after, self.params_before),
                 _pair(self.flops_before, self.flops_after),
                 _number(self.mean_error),
-                "",
                 f"{self.seconds:.2f} s" if self.mean_error is not None else "-",
             )
         )

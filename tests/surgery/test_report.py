@@ -37,7 +37,7 @@ def test_totals(report):
 def test_table_is_aligned(report):
     lines = report.table().splitlines()
     assert lines == str(report).splitlines()
-    assert lines[0].split() == ["layer", "shape", "structure", "params", "share", "flops", "error", "bound", "time"]
+    assert lines[0].split() == ["layer", "shape", "structure", "params", "share", "flops", "error", "time"]
     assert lines[2].startswith("encoder.0  16x16  lowrank 4  256 -> 128  50.0%    512 -> 256  0.")
     assert len({line.index("lowrank") for line in lines[2:5]}) == 1
     assert len({len(line) for line in lines[:7]}) == 1
