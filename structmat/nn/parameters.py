@@ -71,6 +71,17 @@ class MatrixParameters(nn.Module):
         )
         return self
 
+    def __getattr__(self, name: str) -> Any:
+        # nn.Module's lookup of parameters, buffers and modules comes first; what remains is a mistake worth a hint.
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if hasattr(StructuredMatrix, name):
+                raise AttributeError(
+                    f"{name!r} is an attribute of the matrix: call the module first, as in layer.weight().{name}"
+                ) from None
+            raise
+
     @property
     def shape(self) -> torch.Size:
         """The matrix's shape."""

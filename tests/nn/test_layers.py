@@ -236,3 +236,11 @@ def test_complex_layers():
     x = torch.randn(256, 12, dtype=torch.complex64)
     assert_close(layer(x), x @ layer.weight().to_dense().mT + layer.bias)
     assert layer.bias.imag.abs().max() > 0
+
+
+def test_a_module_taken_for_a_matrix_says_how_to_get_one():
+    layer = MonarchLinear(8, 8)
+    with pytest.raises(AttributeError, match=r"layer\.weight\(\)\.to_dense"):
+        layer.weight.to_dense()
+    with pytest.raises(AttributeError, match="no attribute 'nonsense'"):
+        layer.weight.nonsense  # noqa: B018
