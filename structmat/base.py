@@ -44,6 +44,12 @@ class StructuredMatrix(FactorValue):
     ``A.shape`` is ``(*batch, out, in)``, as ``nn.Linear.weight``. Products follow ``torch.matmul``: batch dimensions
     broadcast, dtypes and devices must agree. Inside an autocast region float32, float16 and bfloat16 operands are cast
     to the region's dtype as ``F.linear`` does; nowhere else is anything cast, padded or densified.
+
+    Example:
+        >>> import torch, structmat
+        >>> A = structmat.Monarch.random((6, 10), nblocks=2)
+        >>> A.linear(torch.ones(3, 10)).shape, (A @ torch.ones(10, 4)).shape, A.mT.shape
+        (torch.Size([3, 6]), torch.Size([6, 4]), torch.Size([10, 6]))
     """
 
     # NumPy must hand `ndarray @ A` to __rmatmul__, not build an object array.

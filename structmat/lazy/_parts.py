@@ -22,12 +22,15 @@ def check_pair(a: StructuredMatrix, b: StructuredMatrix, what: str) -> None:
     check_broadcast("the left operand", a.batch_shape, "the right operand", b.batch_shape)
 
 
-def check_tuple(name: str, values: Any, what: str) -> None:
-    """Raise unless values are structured matrices of one dtype and device whose batches broadcast."""
-    if not isinstance(values, tuple) or not values:
+def check_tuple(name: str, values: Any, what: str) -> tuple[StructuredMatrix, ...]:
+    """Return values as a tuple; raise unless they are structured matrices of one dtype and device that broadcast."""
+    if not isinstance(values, (tuple, list)) or not values:
         raise TypeError(f"{name} of a {what} must be a non-empty tuple of structured matrices, got {values!r}")
     for value in values:
+        if not isinstance(value, StructuredMatrix):
+            raise TypeError(f"{name} of a {what} must be StructuredMatrix values, got a {type(value).__name__}")
         check_pair(values[0], value, f"a {what}")
+    return tuple(values)
 
 
 def common_batch(values: tuple[StructuredMatrix, ...]) -> tuple[int, ...]:

@@ -60,13 +60,24 @@ class Product(StructuredMatrix):
     """The product of ``factors``, applied from the last to the first; never multiplied out.
 
     Args:
-        factors: matrices whose inner sizes agree; batches broadcast.
+        factors: a tuple or list of matrices whose inner sizes agree; batches broadcast.
+
+    Raises:
+        TypeError: if factors is empty or holds something else, or dtypes differ.
+        ValueError: if sizes, batches or devices do not match.
+
+    Example:
+        >>> import structmat
+        >>> M = structmat.Monarch.random((6, 10), nblocks=2)
+        >>> A = structmat.Diagonal.random((6, 6)) @ M
+        >>> type(A).__name__, A.num_params, A.flops
+        ('Product', 54, 102)
     """
 
     factors: tuple[StructuredMatrix, ...]
 
     def __post_init__(self) -> None:
-        check_tuple("factors", self.factors, "product")
+        object.__setattr__(self, "factors", check_tuple("factors", self.factors, "product"))
         for a, b in zip(self.factors, self.factors[1:], strict=False):
             if a.shape[-1] != b.shape[-2]:
                 raise ValueError(f"cannot multiply shapes {tuple(a.shape)} and {tuple(b.shape)}: inner sizes differ")
@@ -145,13 +156,23 @@ class Sum(StructuredMatrix):
     """The sum of ``terms``, applied term by term.
 
     Args:
-        terms: matrices of one shape; batches broadcast.
+        terms: a tuple or list of matrices of one shape; batches broadcast.
+
+    Raises:
+        TypeError: if terms is empty or holds something else, or dtypes differ.
+        ValueError: if shapes, batches or devices do not match.
+
+    Example:
+        >>> import structmat
+        >>> A = structmat.Monarch.random((6, 10), nblocks=2) + structmat.LowRank.random((6, 10), rank=1)
+        >>> type(A).__name__, A.num_params
+        ('Sum', 64)
     """
 
     terms: tuple[StructuredMatrix, ...]
 
     def __post_init__(self) -> None:
-        check_tuple("terms", self.terms, "sum")
+        object.__setattr__(self, "terms", check_tuple("terms", self.terms, "sum"))
         for term in self.terms:
             if term.shape[-2:] != self.terms[0].shape[-2:]:
                 raise ValueError(f"cannot add shapes {tuple(self.terms[0].shape)} and {tuple(term.shape)}")

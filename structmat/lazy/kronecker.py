@@ -22,13 +22,24 @@ class Kronecker(StructuredMatrix):
     each factor's flops times n / n_i.
 
     Args:
-        factors: matrices of any sizes; batches broadcast.
+        factors: a tuple or list of matrices of any sizes; batches broadcast.
+
+    Raises:
+        TypeError: if factors is empty or holds something else, or dtypes differ.
+        ValueError: if batches or devices do not match.
+
+    Example:
+        >>> import torch, structmat
+        >>> H = structmat.Dense(torch.tensor([[1.0, 1.0], [1.0, -1.0]]))
+        >>> hadamard = structmat.Kronecker((H, H, H))
+        >>> hadamard @ torch.arange(8.0)
+        tensor([ 28.,  -4.,  -8.,   0., -16.,   0.,   0.,   0.])
     """
 
     factors: tuple[StructuredMatrix, ...]
 
     def __post_init__(self) -> None:
-        check_tuple("factors", self.factors, "Kronecker product")
+        object.__setattr__(self, "factors", check_tuple("factors", self.factors, "Kronecker product"))
 
     @property
     def shape(self) -> torch.Size:

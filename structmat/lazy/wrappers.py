@@ -18,6 +18,12 @@ class Transposed(StructuredMatrix):
 
     Args:
         base: any structured matrix of shape (*batch, m, n); the result has shape (*batch, n, m).
+
+    Example:
+        >>> import structmat
+        >>> M = structmat.Monarch.random((6, 10), nblocks=2)
+        >>> type(M.mT).__name__, tuple(M.mT.shape), M.mT.mT is M
+        ('Transposed', (10, 6), True)
     """
 
     base: StructuredMatrix
@@ -80,6 +86,12 @@ class Scaled(StructuredMatrix):
     Args:
         base: any structured matrix.
         scale: a 0-d tensor of the same dtype (``scalar * A`` makes it from a number).
+
+    Example:
+        >>> import torch, structmat
+        >>> A = 2 * structmat.Permutation(torch.tensor([1, 0]))
+        >>> type(A).__name__, A @ torch.tensor([1.0, 3.0])
+        ('Scaled', tensor([6., 2.]))
     """
 
     base: StructuredMatrix
@@ -146,6 +158,15 @@ class Inverse(StructuredMatrix):
 
     Args:
         base: a square structured matrix whose class has a direct solver.
+
+    Raises:
+        ValueError: if base is not square.
+
+    Example:
+        >>> import torch, structmat
+        >>> A = structmat.Dense(torch.tensor([[2.0, 0.0], [0.0, 4.0]]))
+        >>> structmat.Inverse(A) @ torch.ones(2)
+        tensor([0.5000, 0.2500])
     """
 
     base: StructuredMatrix

@@ -41,6 +41,13 @@ def project_monarch(W: Tensor, l: int, s: int, r: int, k: int, q: int, p: int) -
     Returns:
         ``left`` (*batch, l, s, r), ``right`` (*batch, k, q, p), and the norm of the discarded singular values
         (*batch) in double precision: no Monarch matrix of these shapes comes nearer to W.
+
+    Example:
+        >>> import torch
+        >>> from structmat.projection import project_monarch
+        >>> left, right, lost = project_monarch(torch.ones(4, 6), l=2, s=2, r=2, k=2, q=2, p=3)
+        >>> left.shape, right.shape, lost.item() < 1e-12
+        (torch.Size([2, 2, 2]), torch.Size([2, 2, 3]), True)
     """
     padded = _pad(W, l * s, k * p)
     slices = padded.unflatten(-1, (k, p)).unflatten(-3, (s, l)).movedim((-2, -3), (-4, -3))  # (*batch, k, l, s, p)
@@ -67,6 +74,13 @@ def project_block_diagonal(W: Tensor, k: int, q: int, p: int) -> tuple[Tensor, T
 
     Returns:
         Blocks of shape (*batch, k, q, p) and a norm of shape (*batch) in double precision.
+
+    Example:
+        >>> import torch
+        >>> from structmat.projection import project_block_diagonal
+        >>> blocks, outside = project_block_diagonal(torch.ones(4, 6), k=2, q=2, p=3)
+        >>> blocks.shape, round(outside.item() ** 2)
+        (torch.Size([2, 2, 3]), 12)
     """
     grid = _pad(W, k * q, k * p).unflatten(-1, (k, p)).unflatten(-3, (k, q))  # (*batch, k, q, k, p)
     blocks = grid.diagonal(dim1=-4, dim2=-2).movedim(-1, -3).contiguous()

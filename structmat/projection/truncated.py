@@ -37,6 +37,13 @@ def truncated_svd(W: Tensor, rank: int, keep: Tensor | None = None) -> tuple[Ten
     Returns:
         ``left`` (*batch, m, rank), ``right`` (*batch, rank, n) and the norm of the discarded singular values of
         shape (*batch), in double precision.
+
+    Example:
+        >>> import torch
+        >>> from structmat.projection import truncated_svd
+        >>> left, right, lost = truncated_svd(torch.diag(torch.tensor([4.0, 3.0, 1.0])), rank=2)
+        >>> round(lost.item(), 6), left.shape, right.shape
+        (1.0, torch.Size([3, 2]), torch.Size([2, 3]))
     """
     batch, (m, n) = W.shape[:-2], W.shape[-2:]
     flat = W.reshape(-1, m, n)
