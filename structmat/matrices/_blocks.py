@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,6 +21,12 @@ def uniform_(t: Tensor, std: float | Tensor, generator: torch.Generator | None =
     if t.is_complex():
         parts = torch.empty((*t.shape, 2), dtype=t.real.dtype, device=t.device)
         return t.copy_(torch.view_as_complex(uniform_(parts, 1.0, generator))).mul_(std / math.sqrt(2))
+    mesh: Any = getattr(t, "device_mesh", None)
+    if isinstance(std, Tensor) and mesh is not None:
+        # Sharded parameters (FSDP2, made on the meta device) multiply sharded tensors only. Imported here: it is slow.
+        from torch.distributed.tensor import DTensor, Replicate
+
+        std = DTensor.from_local(std, mesh, [Replicate()] * mesh.ndim, run_check=False)
     bound = math.sqrt(3)
     return t.uniform_(-bound, bound, generator=generator).mul_(std)
 

@@ -62,6 +62,47 @@ def worker(rank, world, kind, init_file, out_file):
         dist.destroy_process_group()
 
 
+def ragged():
+    """Sizes that the blocks do not divide: the deviations of the blocks differ."""
+    return MonarchLinear(50, 370), LowRankLinear(370, 370, rank=50), BlockDiagonalLinear(370, 640, nblocks=3)
+
+
+def meta_worker(rank, world, init_file, out_file):
+    """FSDP2's way to make a model too large for one device: shard on meta, materialise, initialise."""
+    from torch.distributed.fsdp import fully_shard
+
+    dist.init_process_group("gloo", rank=rank, world_size=world, init_method=f"file://{init_file}")
+    try:
+        torch.manual_seed(0)
+        mesh = dist.device_mesh.init_device_mesh("cpu", (world,))
+        with torch.device("meta"):
+            layers = [
+                MonarchLinear(50, 370),
+                LowRankLinear(370, 370, rank=50),
+                BlockDiagonalLinear(370, 640, nblocks=3),
+            ]
+        for layer in layers:
+            fully_shard(layer, mesh=mesh)
+            layer.to_empty(device="cpu")
+            layer.reset_parameters()
+        full = [{n: p.full_tensor() for n, p in layer.named_parameters()} for layer in layers]
+        if rank == 0:
+            torch.save(full, out_file)
+        dist.barrier()
+    finally:
+        dist.destroy_process_group()
+
+
+def test_sharded_on_meta_then_initialised(tmp_path):
+    out = tmp_path / "state.pt"
+    mp.spawn(meta_worker, args=(2, tmp_path / "init", out), nprocs=2)
+    for layer, state in zip(ragged(), torch.load(out, weights_only=True), strict=True):
+        layer.load_state_dict(state)
+        with torch.no_grad():
+            std = layer.weight().linear(torch.randn(2048, layer.in_features)).std().item()
+        assert abs(std * 3**0.5 - 1) <= 0.1, f"{type(layer).__name__}: {std:.4f}"
+
+
 @pytest.mark.parametrize("kind", ["ddp", "fsdp2"])
 def test_two_processes_equal_one(kind, tmp_path):
     out = tmp_path / "state.pt"
