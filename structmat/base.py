@@ -125,7 +125,8 @@ class StructuredMatrix(FactorValue):
 
     def conj(self) -> Self:
         """The complex conjugate (the same value for a real matrix)."""
-        return self._map(lambda t: t.conj()) if self.dtype.is_complex else self
+        # Of tensors and of nested matrices, which may have a rule of their own.
+        return self._map_children(lambda c: c.conj()) if self.dtype.is_complex else self
 
     # ---------------------------------------------------------------- products
     def _prepare(self, name: str, x: Any, axis: int, size: int, vector: bool = False) -> tuple[Self, Tensor]:
@@ -217,7 +218,7 @@ class StructuredMatrix(FactorValue):
 
     # ---------------------------------------------------------------- entries
     def to_dense(self) -> Tensor:
-        """The dense tensor of shape (*batch, m, n); costs n products."""
+        """The dense tensor of shape (*batch, m, n), which may share memory with the factors; costs n products."""
         return self._linear(torch.eye(self.shape[-1], dtype=self.dtype, device=self.device)).mT
 
     def diagonal(self) -> Tensor:
@@ -253,6 +254,13 @@ class StructuredMatrix(FactorValue):
         if self.shape[-1] != self.shape[-2]:
             raise ValueError(f"{what} needs a square matrix, got shape {tuple(self.shape)}")
 
+    def _check_factorisable(self, what: str) -> None:
+        self._check_square(what)
+        if self.dtype in (torch.float16, torch.bfloat16):
+            raise TypeError(
+                f"{what} needs float32, float64 or complex factors, got {self.dtype}; use .to(torch.float32)"
+            )
+
     def solve(self, b: Tensor) -> Tensor:
         """``A^-1 b``; b is a vector or a stack of columns by the rule of ``torch.linalg.solve``.
 
@@ -267,17 +275,15 @@ class StructuredMatrix(FactorValue):
             TypeError: if dtypes differ, or the dtype has no factorisation (float16, bfloat16).
             NotImplementedError: if the class has no direct solver.
         """
-        self._check_square("solve")
+        self._check_factorisable("solve")
         check_tensor("b", b, 1)
         vector = b.ndim == 1 or (b.ndim == self.ndim - 1 and b.shape == self.shape[:-1])
         columns = b.unsqueeze(-1) if vector else b
         if columns.shape[-2] != self.shape[-1]:
             raise ValueError(f"b must have {self.shape[-1]} rows, got shape {tuple(b.shape)}")
         check_same("b", b, "the matrix", torch.empty(0, dtype=self.dtype, device=self.device))
-        if self.dtype in (torch.float16, torch.bfloat16):
-            raise TypeError(
-                f"solve needs float32, float64 or complex factors, got {self.dtype}; use .to(torch.float32)"
-            )
+        if columns.ndim > 2 and self.ndim > 2:
+            check_broadcast("b", columns.shape[:-2], type(self).__name__, self.batch_shape)
         x = self._solve(columns)
         return x.squeeze(-1) if vector else x
 

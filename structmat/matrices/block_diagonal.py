@@ -80,7 +80,7 @@ class BlockDiagonal(StructuredMatrix):
 
     def _square_blocks(self, what: str) -> Tensor:
         """The blocks with the cropped rows and columns replaced by the identity's: same inverse and determinant."""
-        self._check_square(what)
+        self._check_factorisable(what)
         k, q, p = self.blocks.shape[-3:]
         if q != p:
             raise ValueError(f"{what} needs square blocks, got {k} blocks of {q} x {p}")

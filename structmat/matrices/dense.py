@@ -61,11 +61,11 @@ class Dense(StructuredMatrix):
         return solve_columns(self.weight, b)
 
     def inverse(self) -> Dense:
-        self._check_square("inverse")
+        self._check_factorisable("inverse")
         return Dense(torch.linalg.inv(self.weight))
 
     def slogdet(self) -> tuple[Tensor, Tensor]:
-        self._check_square("slogdet")
+        self._check_factorisable("slogdet")
         sign, logabs = torch.linalg.slogdet(self.weight)
         return sign, logabs
 

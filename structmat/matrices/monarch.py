@@ -95,7 +95,7 @@ class Monarch(StructuredMatrix):
 
     # ---------------------------------------------------------------- solving
     def _check_invertible(self, what: str) -> None:
-        self._check_square(what)
+        self._check_factorisable(what)
         l, s, r, k, q, p = self.sizes
         if s != r or q != p:
             raise ValueError(f"{what} needs square blocks, got left blocks {s} x {r} and right blocks {q} x {p}")

@@ -64,10 +64,20 @@ def test_why_a_matrix_cannot_be_inverted(matrix, text):
             call()
 
 
-def test_solve_in_half_precision_says_what_to_do():
-    A = sm.Dense(torch.eye(3, dtype=torch.bfloat16))
-    with pytest.raises(TypeError, match="float32"):
-        A.solve(torch.ones(3, dtype=torch.bfloat16))
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_factorising_in_half_precision_says_what_to_do(dtype):
+    eyes = torch.eye(3, dtype=dtype).expand(3, 3, 3)
+    for A in (sm.Dense(eyes[0]), sm.BlockDiagonal(eyes), sm.Monarch(eyes, eyes)):
+        for call in (lambda A=A: A.solve(torch.ones(A.shape[-1], dtype=dtype)), A.inverse, A.slogdet, A.logdet):
+            with pytest.raises(TypeError, match="float32"):
+                call()
+
+
+def test_solve_names_batches_that_do_not_meet():
+    A = sm.Dense(torch.eye(3).expand(2, 3, 3))
+    with pytest.raises(ValueError, match=r"\(4,\) of b do not broadcast with \(2,\) of Dense"):
+        A.solve(torch.ones(4, 3, 1))
+    assert A.solve(torch.ones(3)).shape == (2, 3)
 
 
 def test_every_permutation_of_five_has_its_sign():
