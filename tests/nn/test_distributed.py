@@ -94,6 +94,7 @@ def meta_worker(rank, world, init_file, out_file):
 
 
 def test_sharded_on_meta_then_initialised(tmp_path):
+    torch.manual_seed(0)
     out = tmp_path / "state.pt"
     mp.spawn(meta_worker, args=(2, tmp_path / "init", out), nprocs=2)
     for layer, state in zip(ragged(), torch.load(out, weights_only=True), strict=True):
