@@ -64,7 +64,6 @@ sphinx_gallery_conf = {
     "filename_pattern": r"/plot_",
     "download_all_examples": False,
     "remove_config_comments": True,
-    "reference_url": {"structmat": None},
     "show_memory": False,
     "show_signature": False,
     "write_computation_times": False,
