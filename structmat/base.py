@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from structmat._autocast import add_bias, autocast_dtype
 from structmat._checks import as_scalar, check_broadcast, check_same, check_tensor
 from structmat.value import FactorValue, matrix, static
 
@@ -21,21 +22,6 @@ __all__ = ["LINEAR_STD", "StructuredMatrix", "add_bias", "autocast_dtype", "matr
 
 #: Standard deviation of the outputs of a freshly initialised ``nn.Linear`` for inputs from N(0, 1).
 LINEAR_STD = 3.0**-0.5
-
-# Asked once: torch.compile of torch 2.11 does not trace is_autocast_available.
-_AUTOCAST_KINDS = frozenset(
-    kind
-    for kind in ("cpu", "cuda", "mps", "xpu", "hpu", "mtia", "xla", torch._C._get_privateuse1_backend_name())
-    if torch.amp.is_autocast_available(kind)
-)
-
-
-def autocast_dtype(device: torch.device) -> torch.dtype | None:
-    """The dtype of the autocast region around the caller on ``device``, or None outside one."""
-    kind = device.type
-    if kind not in _AUTOCAST_KINDS or not torch.is_autocast_enabled(kind):
-        return None
-    return torch.get_autocast_dtype(kind)
 
 
 class StructuredMatrix(FactorValue):
@@ -369,15 +355,6 @@ class StructuredMatrix(FactorValue):
             f"torch function {name!r} is not defined for structured matrices: it would need the dense entries; "
             "call .to_dense() first, or use the methods of the matrix"
         )
-
-
-def add_bias(y: Tensor, bias: Tensor | None) -> Tensor:
-    """``y + bias``, the bias cast to y's dtype inside an autocast region only, as ``F.linear`` does."""
-    if bias is None:
-        return y
-    if bias.dtype != y.dtype and autocast_dtype(y.device) is None:
-        raise TypeError(f"bias has dtype {bias.dtype} but the product has {y.dtype}")
-    return y + bias.to(y.dtype)
 
 
 @functools.wraps(F.linear)
