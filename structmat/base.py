@@ -185,7 +185,11 @@ class StructuredMatrix(FactorValue):
 
     @property
     def mT(self) -> StructuredMatrix:
-        """The transpose over the last two dimensions, at the same cost."""
+        """The transpose over the last two dimensions, never through dense.
+
+        It costs what the matrix costs. Of a rectangular sum or multiple the few additions or multiplications of the
+        result differ, of a rectangular Kronecker product the sizes between the factors: ``A.mT.flops`` says.
+        """
         from structmat.lazy import Transposed
 
         return Transposed(self)

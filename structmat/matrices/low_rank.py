@@ -127,7 +127,7 @@ class LowRank(StructuredMatrix):
 
         Raises:
             TypeError: if W is not a floating-point or complex tensor.
-            ValueError: if the rank is out of range.
+            ValueError: if the rank is out of range, or W has NaN or infinite entries.
         """
         check_tensor("W", W, 2)
         check_inexact("W", W)

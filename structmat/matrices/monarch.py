@@ -224,7 +224,7 @@ class Monarch(StructuredMatrix):
 
         Raises:
             TypeError: if W is not a floating-point or complex tensor.
-            ValueError: if nblocks or rank is out of range.
+            ValueError: if nblocks or rank is out of range, or W has NaN or infinite entries.
         """
         return cls._project(W, nblocks, rank)[0]
 

@@ -38,6 +38,9 @@ def truncated_svd(W: Tensor, rank: int, keep: Tensor | None = None) -> tuple[Ten
         ``left`` (*batch, m, rank), ``right`` (*batch, rank, n) and the norm of the discarded singular values of
         shape (*batch), in double precision.
 
+    Raises:
+        ValueError: if W has NaN or infinite entries.
+
     Example:
         >>> import torch
         >>> from structmat.projection import truncated_svd
@@ -45,6 +48,8 @@ def truncated_svd(W: Tensor, rank: int, keep: Tensor | None = None) -> tuple[Ten
         >>> round(lost.item(), 6), left.shape, right.shape
         (1.0, torch.Size([3, 2]), torch.Size([2, 3]))
     """
+    if not torch.isfinite(W).all():  # the factorisations would only say that they did not converge
+        raise ValueError("W has NaN or infinite entries")
     batch, (m, n) = W.shape[:-2], W.shape[-2:]
     flat = W.reshape(-1, m, n)
     kept = torch.full((flat.shape[0],), rank, device=W.device) if keep is None else keep.expand(batch).reshape(-1)

@@ -61,7 +61,6 @@ def check_arithmetic(entry: Entry, device: Any = "cpu") -> None:
         assert_close((A * torch.tensor(0.5, dtype=dtype, device=device)).to_dense(), 0.5 * D, what="A * tensor")
         assert_close(sum([A, B, A]).to_dense(), 2 * D + E, what="sum([A, B, A])")  # pyright: ignore
         x = draw((*A.batch_shape, 3, m), A)
-        # Relative to |D|^2 |x|: a product such as J D J may have small entries.
         assert_close((A @ B.mT).linear(x), (x @ (E @ D.mT)), what="A @ B.mT")
         assert_close((A @ A.H).to_dense(), D @ D.mH, what="A @ A.H")
         others: list[StructuredMatrix] = [

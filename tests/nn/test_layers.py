@@ -134,8 +134,7 @@ def test_meta_device_then_materialised(make):
         layer = make(24, 36)
     assert all(p.is_meta for p in layer.parameters())
     assert layer(torch.empty(3, 24, device="meta")).shape == (3, 36)
-    if "product" not in str(layer):
-        assert make(24, 36, device="meta").weight.device.type == "meta"
+    assert make(24, 36, device="meta").weight.device.type == "meta"
     if any(True for _ in layer.buffers()):
         return  # a permutation has no initialisation to come back from
     layer = layer.to_empty(device="cpu")
@@ -204,8 +203,8 @@ def test_from_linear_keeps_everything_else(dtype, bias):
         assert (layer.bias is not None) == bias
         assert layer.weight.dtype == dtype
         x = torch.randn(4, 29, dtype=dtype)
-        tolerance = {torch.float64: 1e-12, torch.float32: 5e-6, torch.bfloat16: 2e-2}[dtype]
-        assert_close(layer(x), linear(x), tolerance)
+        exact = nn.functional.linear(x.double(), linear.weight.double(), linear.bias.double() if bias else None)
+        assert_close(layer(x), exact)
         if bias:
             assert layer.bias.requires_grad
             assert layer.bias is not linear.bias

@@ -193,3 +193,12 @@ def test_pieces_of_a_large_matrix_make_the_same_factors(monkeypatch):
                 torch.testing.assert_close(left @ right, B[0] @ B[1], rtol=0, atol=1e-12)
                 torch.testing.assert_close(lost, B[2], rtol=1e-12, atol=0)
         monkeypatch.undo()
+
+
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+def test_entries_that_are_not_finite_are_named(bad):
+    W = torch.ones(8, 8)
+    W[3, 5] = bad
+    for call in (lambda: sm.Monarch.from_dense(W, 2), lambda: sm.LowRank.from_dense(W, 2)):
+        with pytest.raises(ValueError, match="NaN or infinite"):
+            call()
