@@ -1,0 +1,120 @@
+"""Derivatives of custom ops, made of custom ops: reverse mode of any order, forward mode, vmap.
+
+``torch.library.register_autograd`` breaks ``torch.func.grad``; an ``autograd.Function`` with ``setup_context`` does
+not.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import Function
+
+
+def differentiable(
+    forward_op: Callable[..., Tensor],
+    backward_op: Callable[..., list[Tensor]],
+    reference: Callable[..., Tensor],
+    count: int,
+) -> Callable[..., Tensor]:
+    """A differentiable version of ``forward_op``.
+
+    Args:
+        forward_op: a custom op ``(*tensors, *static) -> Tensor``.
+        backward_op: a custom op ``(grad, *tensors, *static, needs: list[bool]) -> list[Tensor]``: a gradient for each
+            tensor, of the tensor's shape where needs says so and of shape (0,) elsewhere.
+        reference: plain PyTorch with forward_op's signature and value; second derivatives and forward mode follow it.
+        count: number of tensors.
+    """
+
+    def pullback(grad: Tensor, tensors: tuple[Tensor, ...], static: tuple, needs: tuple[bool, ...]) -> tuple:
+        wanted = [i for i, need in enumerate(needs) if need]
+
+        def of_wanted(*some: Tensor) -> Tensor:
+            full = list(tensors)
+            for i, t in zip(wanted, some, strict=True):
+                full[i] = t
+            return reference(*full, *static)
+
+        return torch.func.vjp(of_wanted, *(tensors[i] for i in wanted))[1](grad)
+
+    # torch.compile traces the registered overload; it cannot guard on the object that defines it.
+    forward_op, backward_op = _overload(forward_op), _overload(backward_op)
+
+    class Backward(Function):
+        generate_vmap_rule = True
+
+        @staticmethod
+        def forward(grad: Tensor, *args: Any) -> tuple[Tensor, ...]:
+            tensors, static, needs = args[:count], args[count:-1], args[-1]
+            grads = backward_op(grad, *tensors, *static, list(needs))
+            return tuple(g for g, need in zip(grads, needs, strict=True) if need)
+
+        @staticmethod
+        def setup_context(ctx: Any, inputs: tuple, output: Any) -> None:
+            ctx.save_for_backward(*inputs[: count + 1])
+            ctx.rest = inputs[count + 1 :]
+
+        @staticmethod
+        def backward(ctx: Any, *second: Tensor) -> tuple:
+            grad, *tensors = ctx.saved_tensors
+            *static, needs = ctx.rest
+            out = torch.func.vjp(lambda g, *ts: pullback(g, ts, tuple(static), needs), grad, *tensors)[1](second)
+            return (*out, *(None for _ in ctx.rest))
+
+    class Traced(Function):
+        # Under torch.compile, which neither traces a Function inside a backward nor one with a forward mode. Compiled
+        # graphs are differentiated once.
+        @staticmethod
+        def forward(*args: Any) -> Tensor:
+            return forward_op(*args)
+
+        @staticmethod
+        def setup_context(ctx: Any, inputs: tuple, output: Any) -> None:
+            ctx.save_for_backward(*inputs[:count])
+            ctx.static = inputs[count:]
+
+        @staticmethod
+        def backward(ctx: Any, *grads: Tensor) -> tuple:
+            needs = list(ctx.needs_input_grad[:count])
+            found = backward_op(*grads, *ctx.saved_tensors, *ctx.static, needs)
+            return (*(g if need else None for g, need in zip(found, needs, strict=True)), *(None for _ in ctx.static))
+
+    class Eager(Function):
+        generate_vmap_rule = True
+
+        @staticmethod
+        def forward(*args: Any) -> Tensor:
+            return forward_op(*args)
+
+        @staticmethod
+        def setup_context(ctx: Any, inputs: tuple, output: Any) -> None:
+            ctx.save_for_backward(*inputs[:count])
+            ctx.save_for_forward(*inputs[:count])
+            ctx.static = inputs[count:]
+
+        @staticmethod
+        def backward(ctx: Any, *grads: Tensor) -> tuple:
+            needs = tuple(ctx.needs_input_grad[:count])
+            found = iter(Backward.apply(*grads, *ctx.saved_tensors, *ctx.static, needs))
+            return (*(next(found) if need else None for need in needs), *(None for _ in ctx.static))
+
+        @staticmethod
+        def jvp(ctx: Any, *tangents: Any) -> Tensor:
+            tensors, static = ctx.saved_tensors, ctx.static
+            filled = tuple(
+                torch.zeros_like(t) if d is None else d for t, d in zip(tensors, tangents[:count], strict=True)
+            )
+            return torch.func.jvp(lambda *ts: reference(*ts, *static), tuple(tensors), filled)[1]
+
+    def call(*args: Any) -> Tensor:
+        return (Traced if torch.compiler.is_compiling() else Eager).apply(*args)
+
+    return call
+
+
+def _overload(op: Any) -> Any:
+    return getattr(op, "_opoverload", op)

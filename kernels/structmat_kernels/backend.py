@@ -1,0 +1,85 @@
+"""Which implementation an operation runs: plain PyTorch or Triton kernels.
+
+Every operation takes ``backend="auto" | "torch" | "triton"``. "auto" runs the kernels on CUDA tensors that they support
+and the reference everywhere else; "triton" raises where the kernels cannot run. The environment variable
+``STRUCTMAT_BACKEND``, read when this module is imported, replaces the default "auto".
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+
+import torch
+from torch import Tensor
+
+BACKENDS = ("auto", "torch", "triton")
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+
+#: True where Triton runs its kernels in Python on CPU tensors, for tests. Triton reads it when a kernel is defined.
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+_HAS_TRITON = importlib.util.find_spec("triton") is not None
+_DEFAULT = os.environ.get("STRUCTMAT_BACKEND", "auto")
+
+
+# Compute capability of each device that was asked about. A dictionary, not a cached function: torch.compile reads it.
+_CAPABILITY: dict[int, tuple[int, int]] = {}
+
+
+def _capability(device: torch.device) -> tuple[int, int]:
+    index = device.index or 0
+    if index not in _CAPABILITY:
+        _CAPABILITY[index] = torch.cuda.get_device_capability(index)
+    return _CAPABILITY[index]
+
+
+def _obstacle(tensors: tuple[Tensor, ...]) -> Exception | None:
+    """Why the kernels cannot run on these tensors."""
+    x = tensors[0]
+    if x.dtype not in DTYPES:
+        names = ", ".join(str(d).removeprefix("torch.") for d in DTYPES)
+        return TypeError(f"the Triton kernels take {names}, got {x.dtype}; use backend='torch'")
+    if not _HAS_TRITON:
+        return ValueError("backend='triton' needs the package triton, which is not installed")
+    if any(hasattr(t, "device_mesh") for t in tensors):
+        return TypeError("the Triton kernels take plain tensors, got a distributed one; use backend='torch'")
+    if x.is_cuda:
+        capability = _capability(x.device)
+        if capability < (8, 0):
+            return ValueError(f"the Triton kernels need compute capability 8.0, {x.device} has {capability}")
+    elif not (INTERPRETED and x.device.type == "cpu") and x.device.type != "meta":
+        return ValueError(f"backend='triton' needs CUDA tensors, got {x.device}; use backend='auto' or 'torch'")
+    return None
+
+
+def use_triton(backend: str | None, *tensors: Tensor) -> bool:
+    """Whether an operation on ``tensors`` (of one dtype and device) runs its Triton kernels.
+
+    Args:
+        backend: "auto", "torch", "triton", or None for the default.
+        tensors: all tensor operands; the first one decides.
+
+    Raises:
+        ValueError: if backend is not one of the three, or is "triton" where the kernels cannot run.
+        TypeError: if backend is "triton" and the dtype has no kernels.
+    """
+    backend = _DEFAULT if backend is None else backend
+    if backend not in BACKENDS:
+        raise ValueError(f"backend must be one of {BACKENDS}, got {backend!r}")
+    if backend == "torch" or (backend == "auto" and not tensors[0].is_cuda):
+        return False
+    obstacle = _obstacle(tensors)
+    if backend == "triton" and obstacle is not None:
+        raise obstacle
+    return obstacle is None
+
+
+def runs_kernels(x: Tensor) -> bool:
+    """Whether a custom op that was called on ``x`` can launch kernels; its default is the reference."""
+    return x.dtype in DTYPES and (x.is_cuda or INTERPRETED)
+
+
+def dot_precision(dtype: torch.dtype) -> str:
+    """``tl.dot``'s input precision: float32 follows ``torch.get_float32_matmul_precision()`` as dense products do."""
+    exact = dtype != torch.float32 or torch.get_float32_matmul_precision() == "highest"
+    return "ieee" if exact else "tf32"

@@ -1,0 +1,69 @@
+"""Batch dimensions of operands, brought to the one form that the kernels take, and back."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def merge(x: Tensor, factors: tuple[Tensor, ...], events: tuple[int, ...]) -> tuple[Tensor, list[Tensor], Callable]:
+    """One batch dimension for all operands.
+
+    Args:
+        x: shape (*batch, tokens, n).
+        factors: each of shape (*batch, *event).
+        events: number of event dimensions of each factor.
+
+    Returns:
+        x as (G, tokens', n), the factors as (G, *event), and the function that gives a result (G, tokens', m) the
+        batch dimensions back. Where no factor has a batch, that of x goes into the tokens and G = 1.
+    """
+    batches = [f.shape[: f.ndim - e] for f, e in zip(factors, events, strict=True)]
+    tokens, n = x.shape[-2:]
+    if all(b.numel() == 1 for b in batches):
+        lead = torch.broadcast_shapes(x.shape[:-2], *batches)
+        flat = [f.reshape(1, *f.shape[f.ndim - e :]) for f, e in zip(factors, events, strict=True)]
+        return (
+            x.expand(*lead, tokens, n).reshape(1, lead.numel() * tokens, n),
+            flat,
+            lambda y: y.reshape(*lead, tokens, y.shape[-1]),
+        )
+    lead = torch.broadcast_shapes(x.shape[:-2], *batches)
+    flat = [
+        f.expand(*lead, *f.shape[f.ndim - e :]).reshape(lead.numel(), *f.shape[f.ndim - e :])
+        for f, e in zip(factors, events, strict=True)
+    ]
+    return (
+        x.expand(*lead, tokens, n).reshape(lead.numel(), tokens, n),
+        flat,
+        lambda y: y.reshape(*lead, tokens, y.shape[-1]),
+    )
+
+
+def vmap_over_batch(op: Any, tensors: int) -> None:
+    """Register a vmap rule for a custom op whose first arguments are tensors of leading dimension G.
+
+    Args:
+        op: the custom op; all of its outputs have leading dimension G, or shape (0,).
+        tensors: how many of its first arguments are tensors.
+    """
+
+    def rule(info: Any, in_dims: tuple, *args: Any) -> tuple:
+        size = info.batch_size
+        flat = []
+        for value, dim in zip(args[:tensors], in_dims[:tensors], strict=True):
+            full = value.movedim(dim, 0) if dim is not None else value.expand(size, *value.shape)
+            flat.append(full.reshape(size * full.shape[1], *full.shape[2:]))
+        out = op(*flat, *args[tensors:])
+
+        def split(t: Tensor) -> Tensor:
+            return t.reshape(size, t.shape[0] // size, *t.shape[1:]) if t.ndim > 1 else t.expand(size, *t.shape)
+
+        if isinstance(out, Tensor):
+            return split(out), 0
+        return [split(t) for t in out], [0] * len(out)
+
+    op.register_vmap(rule)
