@@ -1,5 +1,5 @@
 """Block-diagonal products."""
 
-from structmat_kernels.block_diagonal.reference import block_diagonal
+from structmat_kernels.block_diagonal.op import block_diagonal
 
 __all__ = ["block_diagonal"]

@@ -27,3 +27,10 @@ def block_diagonal(x: Tensor, blocks: Tensor) -> Tensor:
     k, _, p = blocks.shape[-3:]
     pieces = fit_last(x, k * p).unflatten(-1, (k, p)).transpose(-3, -2)  # (*batch, k, tokens, p)
     return (pieces @ blocks.mT).transpose(-3, -2)
+
+
+def blocks_gradient(grad: Tensor, x: Tensor, blocks: Tensor) -> Tensor:
+    """Gradient of ``sum(grad * block_diagonal(x, blocks).flatten(-2))`` in the blocks, real operands of equal batch."""
+    k, q, p = blocks.shape[-3:]
+    g = grad.unflatten(-1, (k, q)).transpose(-3, -2)  # (*batch, k, tokens, q)
+    return g.mT @ fit_last(x, k * p).unflatten(-1, (k, p)).transpose(-3, -2)
