@@ -4,8 +4,9 @@
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 export PYTHONPATH="$PWD:$PWD/kernels${PYTHONPATH:+:$PYTHONPATH}"
+export TRITON_INTERPRET=0  # compiled kernels, not the interpreter of the CPU tests
 python=${PYTHON:-python3}
 
 "$python" -c "import torch, triton; print(torch.cuda.get_device_name(), 'torch', torch.__version__, 'triton', triton.__version__)"
 "$python" -m pytest -m gpu -q -n "${JOBS:-4}" -p no:cacheprovider "$@"
-"$python" benchmarks/linear.py --device cuda --dtype bfloat16
+"$python" benchmarks/kernels.py --quick
