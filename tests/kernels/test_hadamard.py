@@ -82,6 +82,19 @@ def test_any_configuration(config, device, monkeypatch):
     assert relative(kernel.hadamard(x, 0.3, config), reference(x.double(), 0.3)) <= BOUND[torch.float32]
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("n", [2048, 4096, 8192, 16384])
+def test_matrix_units(n, dtype, device, monkeypatch):
+    """The products of half precision, for which config asks from 65 rows on."""
+    assert "A" in kernel.config(67, n, dtype)
+    x = rows(2 * 67, n, dtype, device)[::2]
+    poison(monkeypatch)
+    exact = reference(x.double(), n**-0.5)
+    rounded = relative(exact.to(dtype), exact)
+    allowed = 1.5 * rounded if device == "cuda" or dtype == torch.float16 else 1e-2
+    assert relative(kernel.hadamard(x, n**-0.5), exact) <= allowed
+
+
 def test_configurations_cover_every_size():
     for log in range(16):
         n = 1 << log

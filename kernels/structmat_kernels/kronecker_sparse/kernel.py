@@ -60,7 +60,8 @@ def config(tokens: int, a: int, d: int, q: int, p: int, dtype: torch.dtype) -> C
         places = 4096 if max(q, p) <= 2 else 2048 if half or max(q, p) <= 4 else 1024
         return c | {"BT": max(1, min(_power(tokens), places // BD)), "BD": BD, "num_warps": 4}
     if c["kind"] == "batched":
-        return c | {"BT": min(rows, 32), "BK": DOT, "BN": _clamp(q, DOT, 32), "num_warps": 8, "num_stages": 2}
+        BN = _clamp(q, DOT, 64 if half else 32)
+        return c | {"BT": min(rows, 32), "BK": DOT, "BN": BN, "num_warps": 16 if BN == 64 else 8, "num_stages": 3}
     depth, across = (c["SA"] * c["SD"] * s for s in (p, q))
     if half:  # up to 128 x 128 the weights stay in shared memory while tokens pass by
         BK, BN = _clamp(depth, DOT, 128 if depth <= 128 else 64), _clamp(across, DOT, 128)
