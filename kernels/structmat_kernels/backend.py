@@ -7,8 +7,10 @@ and the reference everywhere else; "triton" raises where the kernels cannot run.
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import os
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -79,7 +81,18 @@ def runs_kernels(x: Tensor) -> bool:
     return x.dtype in DTYPES and (x.is_cuda or INTERPRETED)
 
 
+def launching(x: Tensor) -> Any:
+    """A context for work on x: its device is the current one, and autocast, which has had its say, is off."""
+    device = torch.cuda.device_of(x)
+    if not torch.is_autocast_enabled(x.device.type):
+        return device
+    both = contextlib.ExitStack()
+    both.enter_context(device)
+    both.enter_context(torch.autocast(x.device.type, enabled=False))
+    return both
+
+
 def dot_precision(dtype: torch.dtype) -> str:
     """``tl.dot``'s input precision: float32 follows ``torch.get_float32_matmul_precision()`` as dense products do."""
-    exact = dtype != torch.float32 or torch.get_float32_matmul_precision() == "highest"
+    exact = INTERPRETED or dtype != torch.float32 or torch.get_float32_matmul_precision() == "highest"
     return "ieee" if exact else "tf32"

@@ -21,6 +21,12 @@ def merge(x: Tensor, factors: tuple[Tensor, ...], events: tuple[int, ...]) -> tu
         x as (G, tokens', n), the factors as (G, *event), and the function that gives a result (G, tokens', m) the
         batch dimensions back. Where no factor has a batch, that of x goes into the tokens and G = 1.
     """
+    if x.ndim <= 3 and all(f.ndim == e for f, e in zip(factors, events, strict=True)):  # the usual case, cheaply
+        flat = [f.unsqueeze(0) for f in factors]
+        if x.ndim == 2:
+            return x.unsqueeze(0), flat, lambda y: y.squeeze(0)
+        lead, tokens, n = x.shape
+        return x.reshape(1, lead * tokens, n), flat, lambda y: y.reshape(lead, tokens, y.shape[-1])
     batches = [f.shape[: f.ndim - e] for f, e in zip(factors, events, strict=True)]
     tokens, n = x.shape[-2:]
     if all(b.numel() == 1 for b in batches):
@@ -43,16 +49,23 @@ def merge(x: Tensor, factors: tuple[Tensor, ...], events: tuple[int, ...]) -> tu
     )
 
 
-def vmap_over_batch(op: Any, tensors: int) -> None:
+def vmap_over_batch(op: Any, tensors: int, rows: bool = False) -> None:
     """Register a vmap rule for a custom op whose first arguments are tensors of leading dimension G.
 
     Args:
         op: the custom op; all of its outputs have leading dimension G, or shape (0,).
         tensors: how many of its first arguments are tensors.
+        rows: whether the op maps the rows of its first argument (G, tokens, n) one by one to those of its output; then
+            nothing is copied where only that argument is mapped and G = 1.
     """
 
     def rule(info: Any, in_dims: tuple, *args: Any) -> tuple:
         size = info.batch_size
+        if rows and in_dims[0] is not None and not any(d is not None for d in in_dims[1:tensors]):
+            x = args[0].movedim(in_dims[0], 0)
+            if x.shape[1] == 1:
+                y = op(x.reshape(1, size * x.shape[2], x.shape[3]), *args[1:])
+                return y.reshape(size, 1, x.shape[2], y.shape[-1]), 0
         flat = []
         for value, dim in zip(args[:tensors], in_dims[:tensors], strict=True):
             full = value.movedim(dim, 0) if dim is not None else value.expand(size, *value.shape)

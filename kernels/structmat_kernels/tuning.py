@@ -38,7 +38,14 @@ def entry_key(op: str, device: torch.device, dtype: torch.dtype, sizes: tuple[in
 
 def read_table(path: Path) -> dict[str, dict[str, Config]]:
     """The table in a file; empty where there is none."""
-    return json.loads(path.read_text()) if path.exists() else {}
+    if not path.exists():
+        return {}
+    try:
+        return json.loads(path.read_text())
+    except ValueError as error:
+        raise ValueError(
+            f"{path} is not a table of kernel configurations: {error}; delete it or measure again"
+        ) from None
 
 
 @functools.cache

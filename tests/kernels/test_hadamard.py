@@ -83,7 +83,7 @@ def test_any_configuration(config, device, monkeypatch):
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("n", [2048, 4096, 8192, 16384])
+@pytest.mark.parametrize("n", [4096, 8192, 16384])
 def test_matrix_units(n, dtype, device, monkeypatch):
     """The products of half precision, for which config asks from 65 rows on."""
     assert "A" in kernel.config(67, n, dtype)
@@ -201,4 +201,5 @@ def test_offsets_beyond_32_bits(n):
     T = (1 << 31) // n + 40
     x = rows(64, n, torch.bfloat16, "cuda").repeat(T // 64 + 1, 1)[:T]
     y = hadamard(x, backend="triton")
-    assert torch.equal(y[-64:], hadamard(x[-64:].clone(), backend="triton"))
+    # As many rows as make the same kernel.
+    assert torch.equal(y[-80:], hadamard(x[-80:].clone(), backend="triton"))

@@ -13,6 +13,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from structmat_kernels.dots import dot
+
 
 @triton.jit
 def pack(values, packed, members, nnz, BO: tl.constexpr, BI: tl.constexpr, QO: tl.constexpr, QI: tl.constexpr,
@@ -57,7 +59,7 @@ def low_rank(
         if UPCAST:
             xs = xs.to(tl.float32)
             vs = vs.to(tl.float32)
-        acc = tl.dot(xs, vs, acc, input_precision=PRECISION)
+        acc = dot(xs, vs, acc, PRECISION)
     cell = tl.arange(0, BT)[:, None] * RP + r[None, :]
     mine = partial + tile.to(tl.int64) * (PARTS * BT * RP) + cell
     tl.store(mine + part * (BT * RP), acc)
@@ -138,7 +140,7 @@ def product(
             if UPCAST:
                 xs = xs.to(tl.float32)
                 ws = ws.to(tl.float32)
-            acc = tl.dot(xs, ws, acc, input_precision=PRECISION)
+            acc = dot(xs, ws, acc, PRECISION)
         acc *= scale
         if GAMMA:
             acc *= tl.load(gamma + group * gamma_group).to(tl.float32)
@@ -164,7 +166,7 @@ def product(
                 if UPCAST:
                     ts = ts.to(tl.float32)
                     us = us.to(tl.float32)
-                acc = tl.dot(ts, us, acc, input_precision=PRECISION)
+                acc = dot(ts, us, acc, PRECISION)
         if BIAS:
             acc += tl.load(bias + group * bias_group + out, mask=keep, other=0).to(tl.float32)[None, :]
         y_tile = y + (group * T + token[:, None]) * n_out + out[None, :]
@@ -217,10 +219,7 @@ def sampled(
                 a = a.to(tl.float32)
                 b = b.to(tl.float32)
             # Wide matrix instructions take at least 64 rows: the gathered columns give them where blocks are small.
-            if SWAP:
-                acc = tl.dot(tl.trans(a), b, acc, input_precision=PRECISION)
-            else:
-                acc = tl.dot(tl.trans(b), a, acc, input_precision=PRECISION)
+            acc = dot(tl.trans(a), b, acc, PRECISION) if SWAP else dot(tl.trans(b), a, acc, PRECISION)
         if not SWAP:
             acc = tl.trans(acc)
         acc *= scale

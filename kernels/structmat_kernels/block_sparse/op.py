@@ -84,7 +84,8 @@ def _backward(
             left, right, values, gamma[:, :0] if needs[5] else gamma, table, qo, qi, longest, scale, precise
         )
         if needs[5]:
-            out[5] = (sampled * values).sum((1, 2, 3)).unsqueeze(1).to(gamma.dtype)
+            # One number from all: its terms cancel, in float64 without loss.
+            out[5] = (sampled.double() * values).sum((1, 2, 3)).unsqueeze(1).to(gamma.dtype)
             sampled = (sampled * gamma[:, :, None, None]).to(values.dtype)
         if needs[1]:
             out[1] = sampled

@@ -1,10 +1,10 @@
 """Walsh-Hadamard transform in Triton: one pass over memory.
 
-Half precision from n = 2048 to 16384 goes through the matrix units (``_products``), everything else through ``_hadamard``:
-a warp holds a whole row (128 values a lane at n = 4096). The levels whose index bit is a register bit are additions
-within a lane; the five whose bit is a lane bit cost one shuffle and one multiply-add a value. On an H100 at n = 4096
-and 8192 rows of bfloat16 that is 23 us of shuffles beside 44 us of memory traffic (134 MB at 3.03 TB/s), so a copy's
-speed is within reach without tensor cores, exact up to float32 rounding for all three dtypes.
+Half precision from n = 4096 to 16384 goes through the matrix units (``_products``), everything else through
+``_hadamard``: a warp holds a whole row (128 values a lane at n = 4096). The levels whose index bit is a register bit
+are additions within a lane; the five whose bit is a lane bit cost one shuffle and one multiply-add a value, exact up to
+float32 rounding. On an H100 float32 then runs at a copy's speed; bfloat16 takes 1.2 times a copy at n = 4096, where the
+23 us of shuffles stand beside 44 us of memory traffic, and 1.1 times with matrix units.
 
 Above 4096 there are two ways: ``num_warps`` > 1 exchanges the top levels through shared memory (16 bytes a value and
 level), and ``part`` < n lets n / part programs read the row and each keep one part of the result, which costs n / part
@@ -102,12 +102,12 @@ def config(rows: int, n: int, dtype: torch.dtype = torch.float32) -> dict[str, i
     """Which kernel and tiles; measured on an H100.
 
     With shuffles: rows a program, values of a row it computes, and warps. A program of one warp and 4096 values keeps
-    8 KB (bfloat16) in flight; 12 of them fit on a multiprocessor. With products (``A``): the split of a row, and programs
-    a multiprocessor.
+    8 KB (bfloat16) in flight; 12 of them fit on a multiprocessor. With products (``A``): the split of a row, and
+    programs a multiprocessor.
     """
-    if dtype != torch.float32 and 2048 <= n <= 16384 and rows > 64:
+    if dtype != torch.float32 and 4096 <= n <= 16384 and rows > 64:
         A = 64 if n <= 4096 else 128
-        few = {2048: (4, 3, 8), 4096: (4, 3, 4), 8192: (8, 3, 2), 16384: (8, 2, 1)}[n]
+        few = {4096: (4, 3, 6), 8192: (4, 3, 6), 16384: (8, 4, 1)}[n]
         return {"A": A} | dict(zip(("num_warps", "STAGES", "CTAS"), few, strict=True))
     return {"rows": max(1, 512 // n), "part": min(n, 4096), "num_warps": 1}
 

@@ -14,6 +14,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from structmat_kernels.dots import dot
+
 
 @triton.jit
 def lanes(
@@ -92,7 +94,7 @@ def tile(
             x = tl.load(x_ptrs, mask=(t < tokens)[:, None] & j_live[None, :], other=0.0)
             if UPCAST:
                 x = x.to(tl.float32)
-            acc = tl.dot(x, w, input_precision=PRECISION)
+            acc = dot(x, w, tl.zeros((BT, BN), tl.float32), PRECISION)
             y_ptrs = y_ptr + (g * tokens + t)[:, None] * m + i_off[None, :]
             tl.store(y_ptrs, acc.to(y_ptr.dtype.element_ty), mask=(t < tokens)[:, None] & i_live[None, :])
     else:
@@ -108,7 +110,7 @@ def tile(
             w = tl.load(w_ptrs + (jb * w_p)[:, None], mask=same, other=0.0)
             if UPCAST:
                 x, w = x.to(tl.float32), w.to(tl.float32)
-            acc = tl.dot(x, w, acc, input_precision=PRECISION)
+            acc = dot(x, w, acc, PRECISION)
         y_ptrs = y_ptr + (g * tokens + t)[:, None] * m + i_off[None, :]
         tl.store(y_ptrs, acc.to(y_ptr.dtype.element_ty), mask=(t < tokens)[:, None] & i_live[None, :])
 
@@ -141,7 +143,7 @@ def batched(
         w = tl.load(w_ptrs + b[None, :, None] * w_p, mask=w_live, other=0.0)
         if UPCAST:
             x, w = x.to(tl.float32), w.to(tl.float32)
-        acc = tl.dot(tl.permute(x, (2, 0, 1)), w, acc, input_precision=PRECISION)
+        acc = dot(tl.permute(x, (2, 0, 1)), w, acc, PRECISION)
     y_off = A * Q * d + o[:, None] * d + D[None, :]
     y_live = (o < Q)[:, None] & (d > D)[None, :] & (y_off < m)
     y = tl.permute(acc.to(y_ptr.dtype.element_ty), (1, 2, 0))

@@ -11,6 +11,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from structmat_kernels.dots import dot
 from structmat_kernels.kronecker_sparse.product import decode
 
 
@@ -81,7 +82,7 @@ def tile(
         x = tl.load(x_ptrs, mask=(t < tokens)[:, None] & j_live[None, :], other=0.0)
         if UPCAST:
             g, x = g.to(tl.float32), x.to(tl.float32)
-        acc = tl.dot(tl.trans(g), x, acc, input_precision=PRECISION)
+        acc = dot(tl.trans(g), x, acc, PRECISION)
     # Inputs beyond n and outputs beyond m were read as zeros: their entries exist, and are written as zeros.
     iB = (part // TILES_J) * BN + tl.arange(0, BN) < SA * Q * SD
     jB = (part % TILES_J) * BK + tl.arange(0, BK) < SA * P * SD
@@ -126,7 +127,7 @@ def batched(
         x = tl.load(x_ptrs, mask=(t < tokens)[:, None, None] & x_live[None, :, :], other=0.0)
         if UPCAST:
             g, x = g.to(tl.float32), x.to(tl.float32)
-        acc = tl.dot(tl.permute(g, (2, 1, 0)), tl.permute(x, (2, 0, 1)), acc, input_precision=PRECISION)
+        acc = dot(tl.permute(g, (2, 1, 0)), tl.permute(x, (2, 0, 1)), acc, PRECISION)
     where = out_ptr + (split * tl.num_programs(1) + batch) * (a * d * Q * P)
     where += ((A * d + D)[:, None, None] * Q + o[None, :, None]) * P + b[None, None, :]
     mask = (d > D)[:, None, None] & (o < Q)[None, :, None] & (b < P)[None, None, :]

@@ -1,0 +1,179 @@
+"""The backward kernels of the Monarch product, every path against the float64 reference."""
+
+import pytest
+import torch
+
+from structmat_kernels.monarch import reference
+
+launch = pytest.importorskip("structmat_kernels.monarch.launch")
+launch_backward = pytest.importorskip("structmat_kernels.monarch.launch_backward")
+
+BOUND = {torch.float32: 5e-6, torch.float16: 2e-3, torch.bfloat16: 1e-2}
+HALF = [torch.float16, torch.bfloat16]
+# l, s, r, k, q, p, nrows, ncols
+SHAPES = {
+    "square": (4, 4, 4, 4, 4, 4, 16, 16),
+    "rectangular": (3, 5, 4, 2, 6, 7, 13, 11),
+    "prime": (5, 7, 3, 3, 5, 11, 31, 29),
+    "long": (2, 17, 66, 2, 66, 70, 33, 137),  # more rows and columns in a block than in a tile
+    "sixteens": (32, 3, 2, 4, 16, 5, 95, 20),  # 32 left blocks, of which a right block meets 16
+    "one row": (3, 1, 2, 2, 3, 1, 3, 1),
+    "one block": (1, 6, 9, 1, 9, 5, 6, 4),
+    "one": (1, 1, 1, 1, 1, 1, 1, 1),
+    "empty block": (4, 2, 4, 4, 4, 2, 5, 5),  # cropping leaves nothing of the last right block
+    "uneven": (6, 5, 2, 4, 3, 3, 29, 11),  # q is no multiple of l
+    "uneven wide": (4, 20, 3, 2, 6, 33, 77, 65),
+}
+RIGHT = {"TX": 32, "STAGES": 1, "num_warps": 4, "programs": 64}
+HIDDEN = {"TX": 32, "BA": 16, "RSTAGES": 1, "right_warps": 4}
+GENERAL = {"path": "general", "TT": 16, "STAGES": 1, "num_warps": 4, "programs": 64, "hidden": HIDDEN, "right": RIGHT}
+STRIDED = GENERAL | {"path": "strided", "JB": 8, "BR": 16, "HOLD": False, "SPREAD": True, "CTAS": 1}
+RESIDENT = {"path": "resident", "TT": 16, "STAGES": 1, "HOLD": False, "SPREAD": True, "num_warps": 4}
+RESIDENT |= {"CTAS": 1, "SHARE": 0.5}
+BACKWARD = {"resident": RESIDENT, "strided": STRIDED, "general": GENERAL, "cublas": None}
+
+
+def embed(t):
+    """t as a part of a larger tensor that is NaN elsewhere, at an odd address."""
+    wide = t.new_full((*t.shape[:-2], t.shape[-2] + 2, t.shape[-1] + 5), float("nan"))
+    part = wide[..., 1:-1, 3:-2]
+    return part.copy_(t)
+
+
+def surround(t):
+    """A contiguous t with NaN before and after it, at an odd address."""
+    wide = t.new_full((t.numel() + 70,), float("nan"))
+    return wide[3 : 3 + t.numel()].copy_(t.flatten()).view(t.shape)
+
+
+def operands(shape, tokens, dtype, device, batch=(), bias=True):
+    """x, left, right, bias of size about 1."""
+    l, s, r, k, q, p, nrows, ncols = shape
+    generator = torch.Generator().manual_seed(l + 10 * s + 100 * r + tokens)
+
+    def normal(*size, scale=1.0):
+        return (scale * torch.randn(*batch, *size, generator=generator)).to(device, dtype)
+
+    x, left, right = normal(tokens, ncols), normal(l, s, r, scale=r**-0.5), normal(k, q, p, scale=p**-0.5)
+    some = normal(nrows) if bias else normal(0)
+    return embed(x), surround(left), surround(right), surround(some)
+
+
+def close(got, expected, bound=None, name=""):
+    assert got.shape == expected.shape, name
+    error = (got.detach().double() - expected).norm()
+    bound = BOUND[got.dtype] if bound is None else bound
+    assert error <= bound * expected.norm(), f"{name}: {error / expected.norm()}"
+
+
+@pytest.fixture
+def poisoned(monkeypatch):
+    """Fresh memory is full of NaN: an entry that is not written shows."""
+    empty, new_empty = torch.empty, torch.Tensor.new_empty
+
+    def fill(t):
+        return t.fill_(float("nan")) if t.is_floating_point() else t
+
+    monkeypatch.setattr(launch.torch, "empty", lambda *a, **k: fill(empty(*a, **k)))
+    monkeypatch.setattr(torch.Tensor, "new_empty", lambda *a, **k: fill(new_empty(*a, **k)))
+
+
+def backward(config, *args):
+    if config is None:
+        return launch_backward._cublas_backward(*args)
+    return launch_backward.backward(*args, config)
+
+
+def backward_serves(path, shape):
+    l, q = shape[0], shape[4]
+    return {"resident": l % q == 0, "cublas": q % l == 0}.get(path, True)
+
+
+def backward_operands(name, tokens, dtype, device, batch=(1,)):
+    x, left, right, _ = operands(SHAPES.get(name, name), tokens, dtype, device, batch)
+    nrows = SHAPES.get(name, name)[6]
+    gy = torch.randn(*batch, tokens, nrows, generator=torch.Generator().manual_seed(5))
+    return embed(gy.to(device, dtype)), x, left, right
+
+
+def check_backward(config, gy, x, left, right, wants=((True, True),), bound=None):
+    expected = reference.monarch_backward(gy.double(), x.double(), left.double(), right.double())
+    for want_x, want_w in wants:
+        got = backward(config, gy, x if want_w else None, left, right, x.shape[-1], want_x, want_w)
+        for name, g, e, want in zip(("x", "left", "right"), got, expected, (want_x, want_w, want_w), strict=True):
+            assert (g is None) == (not want)
+            if want:
+                assert g.dtype == gy.dtype
+                close(g, e, bound, name)
+
+
+@pytest.mark.parametrize(("path", "name"), [(p, n) for p in BACKWARD for n in SHAPES if backward_serves(p, SHAPES[n])])
+def test_on_awkward_sizes(device, path, name, poisoned):
+    check_backward(BACKWARD[path], *backward_operands(name, 19, torch.float32, device))
+
+
+@pytest.mark.parametrize("path", BACKWARD)
+def test_of_batches_and_token_counts(device, path, poisoned):
+    for tokens in (0, 1, 19):
+        args = backward_operands("square", tokens, torch.float32, device, (2,))
+        check_backward(BACKWARD[path], *args, wants=((True, True), (True, False), (False, True))[: tokens + 1])
+
+
+@pytest.mark.parametrize("path", BACKWARD)
+def test_strides(device, path):
+    gy, x, left, right = backward_operands("square", 5, torch.float32, device, (2,))
+    left, right = left.mT.contiguous().mT, right.movedim(0, 2).contiguous().movedim(2, 0)
+    check_backward(BACKWARD[path], gy[:, :1, :1].expand_as(gy), x[:1, :, :1].expand_as(x), left, right)
+    check_backward(BACKWARD[path], gy[:1].expand_as(gy), x[:, :1].expand_as(x), left, right)
+    check_backward(BACKWARD[path], gy.mT.contiguous().mT, x.mT.contiguous().mT, left, right)
+
+
+@pytest.mark.parametrize("path", BACKWARD)
+def test_in_half_precision(device, path, poisoned):
+    for dtype in HALF:
+        args = backward_operands("prime" if path == "resident" else "rectangular", 19, dtype, device)
+        check_backward(BACKWARD[path], *args)
+        if path in ("resident", "strided"):
+            check_backward(BACKWARD[path] | {"HOLD": True, "SPREAD": False}, *args)
+            if device == "cuda":  # the interpreter never holds
+                check_backward(BACKWARD[path] | {"HOLD": True}, *args)
+
+
+def test_ranges_of_tokens_are_added(device, poisoned):
+    """However many programs share the tokens, each of which takes every so many-th tile."""
+    args = backward_operands("square", 67, torch.float32, device)
+    for path, share in (("general", "programs"), ("strided", "CTAS"), ("resident", "CTAS")):
+        for count in (1, 1000):
+            check_backward(BACKWARD[path] | {share: count, "right": RIGHT | {"programs": count}}, *args)
+
+
+@pytest.mark.parametrize("path", ["strided", "general"])
+def test_with_kept_hidden_entries(device, path, poisoned):
+    gy, x, left, right = backward_operands("rectangular", 35, torch.float32, device, (2,))
+    h = launch.hidden(x, right, 3, 4, HIDDEN | {"TT": 32})
+    expected = reference.monarch_backward(gy.double(), x.double(), left.double(), right.double())
+    got = launch_backward.backward(gy, x, left, right, 11, True, True, BACKWARD[path], h)
+    for g, e in zip(got, expected, strict=True):
+        close(g, e)
+
+
+def test_rule(device, monkeypatch, poisoned):
+    monkeypatch.setattr(launch_backward, "lookup", lambda *_: None)
+    seen = set()
+    for name, dtype in (("sixteens", torch.float16), ("rectangular", torch.float16), ("prime", torch.float32)):
+        gy, x, left, right = backward_operands(name, 19, dtype, device)
+        config = launch_backward.choose_backward(left, right, 19)
+        seen.add(config["path"])
+        check_backward(config, gy, x, left, right)
+    assert seen == {"resident", "general"}
+    monkeypatch.setattr(launch_backward, "lookup", lambda *_: RESIDENT)
+    assert launch_backward.choose_backward(left, right, 19) == RESIDENT
+
+
+@pytest.mark.parametrize("path", BACKWARD)
+def test_error_is_that_of_a_dense_product(device, path):
+    for dtype in HALF if device == "cuda" else HALF[:1]:
+        gy, x, left, right = backward_operands((16, 16, 16, 16, 16, 16, 256, 256), 32, dtype, device)
+        product = gy.double().mT @ x.double()
+        dense = ((gy.mT @ x).double() - product).norm() / product.norm()
+        check_backward(BACKWARD[path], gy, x, left, right, bound=1.5 * dense)
