@@ -21,10 +21,8 @@ def autocast_dtype(device: torch.device) -> torch.dtype | None:
     return torch.get_autocast_dtype(kind)
 
 
-def add_bias(y: Tensor, bias: Tensor | None) -> Tensor:
-    """``y + bias``, the bias cast to y's dtype inside an autocast region only, as ``F.linear`` does."""
-    if bias is None:
-        return y
-    if bias.dtype != y.dtype and autocast_dtype(y.device) is None:
-        raise TypeError(f"bias has dtype {bias.dtype} but the product has {y.dtype}")
-    return y + bias.to(y.dtype)
+def match_bias(bias: Tensor, like: Tensor) -> Tensor:
+    """The bias in the dtype of ``like``, cast inside an autocast region only, as ``F.linear`` does."""
+    if bias.dtype != like.dtype and autocast_dtype(like.device) is None:
+        raise TypeError(f"bias has dtype {bias.dtype} but the product has {like.dtype}")
+    return bias.to(like.dtype)

@@ -14,11 +14,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from structmat._autocast import add_bias, autocast_dtype
+from structmat._autocast import autocast_dtype, match_bias
 from structmat._checks import as_scalar, check_broadcast, check_same, check_tensor
 from structmat.value import FactorValue, matrix, static
 
-__all__ = ["LINEAR_STD", "StructuredMatrix", "add_bias", "autocast_dtype", "matrix", "static"]
+__all__ = ["LINEAR_STD", "StructuredMatrix", "autocast_dtype", "matrix", "static"]
 
 #: Standard deviation of the outputs of a freshly initialised ``nn.Linear`` for inputs from N(0, 1).
 LINEAR_STD = 3.0**-0.5
@@ -45,6 +45,10 @@ class StructuredMatrix(FactorValue):
     def _linear(self, x: Tensor) -> Tensor:
         """``x @ A.mT`` for a checked x of shape (*batch, tokens, columns)."""
         raise NotImplementedError(f"{type(self).__name__} must define _linear")
+
+    def _linear_bias(self, x: Tensor, bias: Tensor) -> Tensor:
+        """``x @ A.mT + bias`` for a checked x and a bias of its dtype; classes whose kernels add it override."""
+        return self._linear(x) + bias
 
     def _linear_mT(self, x: Tensor) -> Tensor:
         """``x @ A`` for a checked x of shape (*batch, tokens, rows)."""
@@ -148,22 +152,30 @@ class StructuredMatrix(FactorValue):
             check_broadcast(name, x.shape[:-2], type(self).__name__, value.batch_shape)
         return value, x
 
-    def linear(self, x: Tensor) -> Tensor:
-        """``x @ A.mT``: the matrix applied over the last dimension, as ``F.linear(x, weight)``.
+    def linear(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        """``x @ A.mT + bias``: the matrix applied over the last dimension, as ``F.linear(x, weight, bias)``.
 
         Args:
             x: shape (n,) or (*batch, tokens, n), dtype and device of the matrix. Without batch dimensions in the
                 matrix any leading dimensions do; with them they broadcast as in ``torch.matmul(x, A.mT)``.
+            bias: shape (m,) and dtype of the matrix, or None. Inside an autocast region it is cast as x is.
 
         Returns:
             Shape (m,) or (*batch, tokens, m).
 
         Raises:
             ValueError: if the last dimension is not n, batches do not broadcast, or devices differ.
-            TypeError: if x is not a tensor or has another dtype.
+            TypeError: if x is not a tensor, or x or bias has another dtype.
         """
         value, x = self._prepare("x", x, -1, self.shape[-1])
-        return value._linear(x) if x.ndim > 1 else value._linear(x.unsqueeze(0)).squeeze(-2)
+        rows = x if x.ndim > 1 else x.unsqueeze(0)
+        if bias is None:
+            y = value._linear(rows)
+        else:
+            if bias.shape != self.shape[-2:-1]:
+                raise ValueError(f"bias must have shape ({self.shape[-2]},), got {tuple(bias.shape)}")
+            y = value._linear_bias(rows, match_bias(bias, rows))
+        return y if x.ndim > 1 else y.squeeze(-2)
 
     def matvec(self, v: Tensor) -> Tensor:
         """``A v`` for v of shape (*batch, n); the result has shape (*batch, m)."""
@@ -365,4 +377,4 @@ class StructuredMatrix(FactorValue):
 def _f_linear(input: Any, weight: Any, bias: Tensor | None = None) -> Tensor:
     if not isinstance(weight, StructuredMatrix):
         raise TypeError("F.linear takes a structured matrix as weight only")
-    return add_bias(weight.linear(input), bias)
+    return weight.linear(input, bias)

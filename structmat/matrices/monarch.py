@@ -86,6 +86,9 @@ class Monarch(StructuredMatrix):
     def _linear(self, x: Tensor) -> Tensor:
         return monarch(x, self.left, self.right, self.nrows)
 
+    def _linear_bias(self, x: Tensor, bias: Tensor) -> Tensor:
+        return monarch(x, self.left, self.right, self.nrows, bias)
+
     def _linear_mT(self, x: Tensor) -> Tensor:
         return monarch_transposed(x, self.left, self.right, self.ncols)
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from structmat._checks import check_tensor
-from structmat.base import StructuredMatrix, add_bias
+from structmat.base import StructuredMatrix
 from structmat.config import Config, project
 from structmat.nn.parameters import MatrixParameters
 
@@ -60,7 +60,7 @@ class StructuredLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Apply the layer to x of shape (*, in_features)."""
-        return add_bias(self.weight().linear(x), self.bias)
+        return self.weight().linear(x, self.bias)
 
     @torch.no_grad()
     def _reset_bias(self) -> None:
