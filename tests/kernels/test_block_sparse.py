@@ -119,9 +119,14 @@ def compare(layout, dtype, device, tokens=37, rank=8, transposed=False, **how):
     cotangent = torch.randn(y.shape, generator=torch.Generator().manual_seed(1)).to(dtype).to(device)
     y.backward(cotangent)
     expected.backward(cotangent.double())
-    for name, a, b in zip(NAMES, mine, exact, strict=True):
+    for name, a, b in zip(NAMES[:5], mine, exact, strict=False):
         assert a.grad is not None and b.grad is not None
         assert a.grad.shape == b.grad.shape and error(a.grad, b.grad) <= TOLERANCE[dtype], name
+    # gamma's gradient is one sum over the outputs whose terms cancel: its rounding is measured by their size.
+    weight = to_dense(exact[1], layout)
+    terms = cotangent.double() * (exact[0] @ (weight if transposed else weight.mT))
+    allowed = TOLERANCE[dtype] * max(terms.norm(), terms.sum().abs())
+    assert mine[5].grad.shape == () and (mine[5].grad - exact[5].grad).abs() <= allowed
 
 
 @pytest.mark.parametrize("transposed", [False, True])
@@ -490,9 +495,10 @@ def test_errors():
 @pytest.mark.gpu
 def test_graph_stream_and_repetition():
     layout = BlockLayout.from_mask(flat_butterfly_mask(8, 8), 32).to("cuda")
-    operands = leaves(make(layout, 2500, torch.bfloat16, "cuda", rank=16))
+    values = make(layout, 2500, torch.bfloat16, "cuda", rank=16)
 
     def step():
+        operands = leaves(values)  # of the current stream, which a captured gradient waits for
         y = run(layout, operands)
         return (y, *torch.autograd.grad(y.sum(), operands))
 
