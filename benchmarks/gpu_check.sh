@@ -8,5 +8,5 @@ export TRITON_INTERPRET=0  # compiled kernels, not the interpreter of the CPU te
 python=${PYTHON:-python3}
 
 "$python" -c "import torch, triton; print(torch.cuda.get_device_name(), 'torch', torch.__version__, 'triton', triton.__version__)"
-"$python" -m pytest -m gpu -q -n "${JOBS:-4}" -p no:cacheprovider "$@"
+"$python" -m pytest -m gpu -q -n "${JOBS:-$(($(nproc) < 14 ? $(nproc) : 14))}" -p no:cacheprovider "$@"
 "$python" benchmarks/kernels.py --quick

@@ -1,0 +1,120 @@
+"""Run every kernel once on small awkward shapes, for a memory checker, and compare it with its reference.
+
+    PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool memcheck --error-exitcode 1 python benchmarks/memcheck.py
+
+Without the caching allocator each tensor is an allocation of its own, so that an access past its end is seen.
+"""
+
+from __future__ import annotations
+
+import argparse
+
+import torch
+from torch import Tensor
+
+from structmat_kernels.block_diagonal import block_diagonal
+from structmat_kernels.block_sparse import BlockLayout, block_sparse
+from structmat_kernels.hadamard import hadamard
+from structmat_kernels.kronecker_sparse import kronecker_sparse
+from structmat_kernels.monarch import monarch, monarch_transposed
+
+BOUND = {torch.float32: 5e-6, torch.float16: 3e-3, torch.bfloat16: 2e-2}
+
+
+def cases(draw):
+    """Name, function of (backend, *operands) and operands."""
+    for l, s, r, k, q, p, m, n, T in (
+        (16, 16, 16, 16, 16, 16, 256, 256, 300),
+        (32, 32, 32, 32, 32, 32, 1024, 1000, 270),
+        (6, 50, 20, 4, 30, 33, 299, 131, 70),
+        (3, 7, 6, 2, 9, 5, 20, 9, 1),
+        (64, 20, 40, 64, 40, 40, 1279, 2555, 133),
+        (2, 150, 140, 2, 140, 130, 290, 255, 37),
+    ):
+        factors = draw(l, s, r), draw(k, q, p)
+        name = f"monarch {(l, s, r, k, q, p)}, {T} tokens"
+        yield name, lambda b, x, L, R, m=m: monarch(x, L, R, m, backend=b), (draw(T, n), *factors)
+        yield (
+            name + ", bias and GELU",
+            lambda b, x, L, R, c, m=m: monarch(x, L, R, m, c, "gelu", backend=b),
+            (
+                draw(T, n),
+                *factors,
+                draw(m),
+            ),
+        )
+        yield (
+            name + ", transposed",
+            lambda b, y, L, R, n=n: monarch_transposed(y, L, R, n, backend=b),
+            (
+                draw(T, m),
+                *factors,
+            ),
+        )
+    for a, d, q, p in ((3, 40, 2, 2), (2, 17, 5, 3), (1, 20, 40, 33), (5, 1, 70, 61)):
+        operands = draw(75, a * p * d), draw(a, d, q, p)
+        yield f"kronecker {(a, d, q, p)}", lambda b, x, w: kronecker_sparse(x, w, backend=b), operands
+    for k, q, p in ((7, 5, 3), (3, 65, 100)):
+        yield (
+            f"block diagonal {(k, q, p)}",
+            lambda b, x, w: block_diagonal(x, w, backend=b),
+            (
+                draw(75, k * p - 1),
+                draw(k, q, p),
+            ),
+        )
+    for n in (1, 64, 2048, 4096, 8192):
+        yield f"hadamard {n}", lambda b, x, n=n: hadamard(x, scale=n**-0.5, backend=b), (draw(67, n),)
+    for block in (16, 23, 64):
+        mask = torch.rand(5, 7, generator=torch.Generator().manual_seed(block)) < 0.4
+        shape = (5 * block - 3, 7 * block - 5)
+        layout = BlockLayout.from_mask(mask, block, shape=shape).to(draw.device)
+        operands = draw(75, shape[1]), draw(layout.nnz, block, block), draw(shape[0], 9), draw(9, shape[1])
+        yield (
+            f"block sparse {block}",
+            lambda b, x, w, u, v, z=layout: block_sparse(x, w, z, u=u, v=v, backend=b),
+            operands,
+        )
+
+
+class Draw:
+    """Seeded normal tensors."""
+
+    def __init__(self, device: str, dtype: torch.dtype) -> None:
+        self.device, self.dtype = device, dtype
+        self.generator = torch.Generator().manual_seed(0)
+
+    def __call__(self, *shape: int) -> Tensor:
+        return torch.randn(*shape, generator=self.generator).to(self.device, self.dtype)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", default="cuda")
+    args = parser.parse_args()
+    wrong = 0
+    for dtype, bound in BOUND.items():
+        for name, function, operands in cases(Draw(args.device, dtype)):
+            found, expected = (
+                differentiated(lambda *t, b=b, f=function: f(b, *t), [t.to(d) for t in operands])
+                for b, d in (("triton", dtype), ("torch", torch.float64))
+            )
+            pairs = zip(found, expected, strict=True)
+            error = max(((f.double() - e).norm() / e.norm().clamp_min(1e-30)).item() for f, e in pairs)
+            if not error <= bound:
+                wrong += 1
+                print(f"wrong: {dtype} {name}: {error:.1e}")
+        print(f"{dtype}: done", flush=True)
+    raise SystemExit(wrong > 0)
+
+
+def differentiated(function, operands: list[Tensor]) -> list[Tensor]:
+    """The value and the gradients for a fixed cotangent."""
+    leaves = [t.detach().requires_grad_() for t in operands]
+    y = function(*leaves)
+    cotangent = torch.linspace(-1, 1, y.numel(), device=y.device).sin().reshape(y.shape).to(y.dtype)
+    return [y.detach(), *torch.autograd.grad(y, leaves, cotangent)]
+
+
+if __name__ == "__main__":
+    main()
