@@ -5,17 +5,13 @@
 from __future__ import annotations
 
 import torch
-import triton
 from torch import Tensor
 
 from structmat_kernels import backend
 from structmat_kernels.block_sparse import kernel
 from structmat_kernels.block_sparse.layout import Tables, split_table
+from structmat_kernels.sizes import cdiv, pad, power
 from structmat_kernels.tuning import Config, lookup
-
-
-def _power(size: int) -> int:
-    return max(16, triton.next_power_of_2(size))
 
 
 def product_config(tokens: int, height: int, width: int, dtype: torch.dtype, even: bool = True) -> Config:
@@ -23,27 +19,27 @@ def product_config(tokens: int, height: int, width: int, dtype: torch.dtype, eve
 
     ``parts`` (0: a product of its own before the launch) and ``ahead`` are those of kernel.product's low rank.
     """
-    bn = _power(height)
+    bn = pad(height)
     if tokens <= 128:  # few programs: short tiles, deep pipelines
-        bt = max(16, min(64, triton.next_power_of_2(tokens)))
-        return {"block_t": bt, "block_k": min(_power(width), 64), "num_warps": 4, "num_stages": 4}
+        bt = max(16, min(64, power(tokens)))
+        return {"block_t": bt, "block_k": min(pad(width), 64), "num_warps": 4, "num_stages": 4}
     if dtype == torch.float32 or not even:  # masks take registers: 256 tokens would spill
-        bk = min(_power(width), 32 if dtype == torch.float32 else 64)
+        bk = min(pad(width), 32 if dtype == torch.float32 else 64)
         return {"block_t": 128, "block_k": bk, "num_warps": 8 if bn == 128 else 4, "num_stages": 3}
     # Two programs a processor at 64 and four at 32 hide each other's first loads and last stores; at 128 one of 147 KB.
     stages = 2 if bn == 64 else 3
     warps = 8 if bn >= 64 else 4
-    return {"block_t": 256, "block_k": min(_power(width), 64), "num_warps": warps, "num_stages": stages}
+    return {"block_t": 256, "block_k": min(pad(width), 64), "num_warps": warps, "num_stages": stages}
 
 
 def sampled_config(tokens: int, height: int, width: int, dtype: torch.dtype, programs: int) -> Config:
     """Tiles of a sampled product; ``programs`` is the number of (super-)blocks times batches."""
     full = dtype == torch.float32
-    bi = _power(width)
-    pack = max(1, (128 if full or _power(height) > 64 else 256) // bi)
+    bi = pad(width)
+    pack = max(1, (128 if full or pad(height) > 64 else 256) // bi)
     # Two programs on each of 132 processors, in one wave; a span is worth at least 1024 tokens.
     splits = max(1, min(264 * pack // max(programs, 1), tokens // 1024))
-    warps = 8 if pack * bi * _power(height) > 8192 else 4
+    warps = 8 if pack * bi * pad(height) > 8192 else 4
     return {"pack": pack, "block_k": 32 if full else 64, "num_warps": warps, "num_stages": 3, "splits": splits}
 
 
@@ -61,7 +57,7 @@ def _packed(values: Tensor, tables: Tables, qo: int, qi: int) -> Tensor:
     values = values.contiguous()
     packed = values.new_empty(groups, tables.columns.shape[0], qo * bo, qi * bi)
     grid = (tables.members.shape[0], groups)
-    kernel.pack[grid](values, packed, tables.members, nnz, bo, bi, qo, qi, triton.next_power_of_2(bo * bi), num_warps=4)
+    kernel.pack[grid](values, packed, tables.members, nnz, bo, bi, qo, qi, power(bo * bi), num_warps=4)
     return packed
 
 
@@ -103,21 +99,21 @@ def product(
         sizes = (n_out, n_in, height, width, rank, int(transposed))
         chosen = config or lookup("block_sparse", x, sizes, tokens)
         rows, columns = grid[::-1] if transposed else grid
-        bn = _power(height)
-        even = height == bn and width == _power(width) and columns * width == n_in
+        bn = pad(height)
+        even = height == bn and width == pad(width) and columns * width == n_in
         chosen = chosen or product_config(tokens, height, width, x.dtype, even)
         bk = chosen["block_k"]
-        tiles = triton.cdiv(tokens, chosen["block_t"])
+        tiles = cdiv(tokens, chosen["block_t"])
         values, bias = _whole(values), _whole(bias)
         outer = _whole(v if transposed else u)
         inner, partial, counters = outer, outer, table
-        br = min(_power(rank), 64)
+        br = min(pad(rank), 64)
         # The low rank's inner product in the same launch: for one matrix and no wider than a tile.
         fused = middle is None and groups == 1 and 0 < rank <= 128
         parts, ahead = (chosen.get("parts", 0), min(chosen.get("ahead", 2), tiles)) if fused else (0, 0)
         if parts:
             inner = _whole(u if transposed else v)
-            size = chosen["block_t"] * triton.cdiv(rank, br) * br
+            size = chosen["block_t"] * cdiv(rank, br) * br
             middle = x.new_empty(1, tiles, size)
             partial = x.new_empty(tiles, parts, size, dtype=torch.float32)
             counters = torch.zeros(tiles, 2, dtype=torch.int32, device=x.device)
@@ -170,12 +166,12 @@ def sampled(
         chosen = config or lookup("block_sparse_values", left, (m, n, height, width), tokens)
         chosen = chosen or sampled_config(tokens, height, width, left.dtype, blocks * groups)
         pack, bk = chosen["pack"], chosen["block_k"]
-        span = triton.cdiv(triton.cdiv(tokens, chosen["splits"]), bk) * bk
-        splits = triton.cdiv(tokens, span)
+        span = cdiv(cdiv(tokens, chosen["splits"]), bk) * bk
+        splits = cdiv(tokens, span)
         out = left.new_empty(splits, groups, nnz, bo, bi, dtype=dtype if splits == 1 else torch.float32)
-        po, pi = _power(height), _power(width)
+        po, pi = pad(height), pad(width)
         # Rows hold different numbers of blocks: the longest sets the grid, and programs past a row's end leave at once.
-        kernel.sampled[(rows * splits * groups, triton.cdiv(longest, pack))](
+        kernel.sampled[(rows * splits * groups, cdiv(longest, pack))](
             left, right, out, tables.row_offsets, tables.columns, tables.members, gamma, scale,
             tokens, m, n, nnz, rows, splits, span, left.stride(0), left.stride(1), right.stride(0), right.stride(1),
             gamma.stride(0),

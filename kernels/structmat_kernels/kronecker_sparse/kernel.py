@@ -3,30 +3,21 @@
 # pyright: reportArgumentType=false, reportCallIssue=false
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
 from structmat_kernels import backend, tuning
 from structmat_kernels.kronecker_sparse import product as _product
 from structmat_kernels.kronecker_sparse import weights as _weights
+from structmat_kernels.sizes import cdiv, power
+from structmat_kernels.tuning import Config
 
-Config = dict[str, Any]
 #: The least size of a dimension of tl.dot.
 DOT = 16
 
 
-def cdiv(n: int, size: int) -> int:
-    return -(-n // size)
-
-
-def _power(n: int) -> int:
-    return 1 << max(n - 1, 0).bit_length()
-
-
 def _clamp(n: int, low: int, high: int) -> int:
-    return max(low, min(_power(n), high))
+    return max(low, min(power(n), high))
 
 
 def _kind(a: int, d: int, q: int, p: int, dtype: torch.dtype) -> Config:
@@ -41,12 +32,12 @@ def _kind(a: int, d: int, q: int, p: int, dtype: torch.dtype) -> Config:
     sector = 16 if half else 8
     width = 64 if half else 32
     if d == 1 or big * d <= (128 if half else 32):
-        return {"kind": "tile", "SA": max(1, min(width // (big * d), _power(a))), "SD": d}
+        return {"kind": "tile", "SA": max(1, min(width // (big * d), power(a))), "SD": d}
     if big <= 8:
         if half and big > 4 and d >= sector:
             return {"kind": "tile", "SA": 1, "SD": sector}
         return {"kind": "lanes"}
-    return {"kind": "batched", "SD": min(sector, _power(d))}
+    return {"kind": "batched", "SD": min(sector, power(d))}
 
 
 def config(tokens: int, a: int, d: int, q: int, p: int, dtype: torch.dtype) -> Config:
@@ -56,9 +47,9 @@ def config(tokens: int, a: int, d: int, q: int, p: int, dtype: torch.dtype) -> C
     rows = _clamp(tokens, DOT, 128 if half else 64)
     if c["kind"] == "lanes":
         # A thread holds the p inputs of 16 to 32 places; 128 to 170 registers.
-        BD = min(_power(d), 64 if half else 32)
+        BD = min(power(d), 64 if half else 32)
         places = 4096 if max(q, p) <= 2 else 2048 if half or max(q, p) <= 4 else 1024
-        return c | {"BT": max(1, min(_power(tokens), places // BD)), "BD": BD, "num_warps": 4}
+        return c | {"BT": max(1, min(power(tokens), places // BD)), "BD": BD, "num_warps": 4}
     if c["kind"] == "batched":
         BN = _clamp(q, DOT, 64 if half else 32)
         return c | {"BT": min(rows, 32), "BK": DOT, "BN": BN, "num_warps": 16 if BN == 64 else 8, "num_stages": 3}
@@ -78,10 +69,10 @@ def weights_config(tokens: int, a: int, d: int, q: int, p: int, dtype: torch.dty
     c = _kind(a, d, q, p, dtype)
     half = dtype != torch.float32
     if c["kind"] == "lanes" and (half or q * p > 16):  # the accumulators of lanes are q p registers a place
-        widest = max(16, 64 // _power(max(q, p))) if half else max(8, 32 // _power(max(q, p)))
-        c = {"kind": "tile", "SA": 1, "SD": min(_power(d), widest)}
+        widest = max(16, 64 // power(max(q, p))) if half else max(8, 32 // power(max(q, p)))
+        c = {"kind": "tile", "SA": 1, "SD": min(power(d), widest)}
     if c["kind"] == "lanes":
-        BD = min(_power(d), 32)
+        BD = min(power(d), 32)
         BT = 512 // BD
         return c | {"BT": BT, "BD": BD, "num_warps": 4} | _splits(tokens, BT, a * cdiv(d, BD), q, p, a * d)
     if c["kind"] == "batched":

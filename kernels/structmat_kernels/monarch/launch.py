@@ -11,26 +11,11 @@ from structmat_kernels import backend
 from structmat_kernels.monarch import backward as kb
 from structmat_kernels.monarch import kernel as kf
 from structmat_kernels.monarch import resident as kr
+from structmat_kernels.sizes import cdiv, pad, power
 from structmat_kernels.tuning import Config, lookup
 
 # Blocks wider than this go to cuBLAS: its products of large blocks are nearer to the hardware's rate than ours.
 WIDEST = 128
-
-
-# Triton's own versions of these two cost microseconds a call.
-def cdiv(a: int, b: int) -> int:
-    """a / b rounded up."""
-    return -(-a // b)
-
-
-def power(size: int) -> int:
-    """The smallest power of two that is not below ``size``."""
-    return 1 << (size - 1).bit_length()
-
-
-def _pad(size: int) -> int:
-    """A tile's extent for ``size`` entries: a power of two, as Triton asks, of at least a matrix unit's 16."""
-    return max(16, power(size))
 
 
 def rows_first(x: Tensor) -> Tensor:
@@ -77,11 +62,11 @@ def choose(left: Tensor, right: Tensor, tokens: int) -> Config:
     if tokens <= 128:
         tile = {"JB": 4, "BU": 16} if tokens <= 16 else {"JB": 8, "BU": 32}
         return stages | tile | {"TT": 16, "TX": 16, "BR": 64 if half else 32, "STAGES": 2, "num_warps": 4}
-    BI, BP, BU = _pad(R), _pad(P), _pad(S)
+    BI, BP, BU = pad(R), pad(P), pad(S)
     for JB, warps in ((32, 16), (16, 8)):
         direct = Q % L == 0 or (Q % JB == 0 and L % JB == 0)
         needed = item * (JB * BI * (BP + BU) + 2 * BI * 16 * BP + JB * 16 * max(BI, BU))
-        if direct and _pad(L) >= JB and needed <= room:
+        if direct and pad(L) >= JB and needed <= room:
             return {"path": "resident", "TT": 16, "JB": JB, "STAGES": 3, "num_warps": warps, "CTAS": 1}
     if L >= 16 and item * 16 * (BU * BI + 2 * BI * 16 + 16 * BU) <= room:
         return stages | {"TT": 16, "JB": 16, "BU": BU, "BR": BI, "STAGES": 3, "num_warps": 8, "CTAS": 1}
@@ -117,28 +102,28 @@ def forward(
     strides = (x.stride(0), x.stride(1))
     warps = {"num_warps": c["num_warps"]}
     if c["path"] == "small":
-        BI = min(c["BI"], _pad(R))
+        BI = min(c["BI"], pad(R))
         grid = (L, cdiv(T, c["TT"]), G)
-        tiles = {"TT": c["TT"], "BI": BI, "BR": _pad(R), "BP": _pad(P), "BU": _pad(S)}
+        tiles = {"TT": c["TT"], "BI": BI, "BR": pad(R), "BP": pad(P), "BU": pad(S)}
         kf.small[grid](x, left, right, bias, y, T, n, nrows, *strides, **z, **tiles, **epilogue, **warps)
         return y
     if c["path"] == "resident":
-        JB = min(c["JB"], _pad(L))
+        JB = min(c["JB"], pad(L))
         groups, tiles = cdiv(L, JB), cdiv(T, c["TT"])
         walkers = min(tiles, cdiv(_processors(x) * c["CTAS"], groups * G))
-        shape = {"TT": c["TT"], "JB": JB, "BI": _pad(R), "BP": _pad(P), "BU": _pad(S)}
+        shape = {"TT": c["TT"], "JB": JB, "BI": pad(R), "BP": pad(P), "BU": pad(S)}
         args = (x, left, right, bias, y, T, n, nrows, tiles, walkers, *strides)
         kr.resident[(groups * walkers, G)](*args, **z, **shape, STAGES=c["STAGES"], **epilogue, **_meta(x), **warps)
         return y
-    TT, JB, BU = c["TT"], min(c["JB"], power(L)), min(c["BU"], _pad(S))
-    shared = {"TT": TT, "JB": JB, "BU": BU, "BR": min(c["BR"], _pad(R))}
+    TT, JB, BU = c["TT"], min(c["JB"], power(L)), min(c["BU"], pad(S))
+    shared = {"TT": TT, "JB": JB, "BU": BU, "BR": min(c["BR"], pad(R))}
     shared |= {"BATCHED": c["BATCHED"], "STAGES": c["STAGES"]} | epilogue | _meta(x) | warps
     h = hidden(x, right, L, R, c)
     tiles = cdiv(T, TT)
     if "CTAS" in c:
         parts = cdiv(L, JB) * cdiv(S, BU)
         walkers = min(tiles, cdiv(_processors(x) * c["CTAS"], parts * G))
-        shape = {"L": L, "S": S, "R": R, "TT": TT, "JB": JB, "BU": BU, "BR": _pad(R), "STAGES": c["STAGES"]}
+        shape = {"L": L, "S": S, "R": R, "TT": TT, "JB": JB, "BU": BU, "BR": pad(R), "STAGES": c["STAGES"]}
         args = (h, left, bias, y, T, nrows, tiles, walkers)
         kr.resident_left[(parts * walkers, G)](*args, **shape, **epilogue, **_meta(x), **warps)
         return y
@@ -151,11 +136,11 @@ def hidden(x: Tensor, right: Tensor, L: int, R: int, c: Config) -> Tensor:
     """``right x`` in the hidden layout (G, token tiles, l, r, TT)."""
     G, T, n = x.shape
     K, Q, P = right.shape[-3:]
-    TT, TX, BA = c["TT"], c.get("TX", c["TT"]), min(c["BA"], _pad(Q))
+    TT, TX, BA = c["TT"], c.get("TX", c["TT"]), min(c["BA"], pad(Q))
     tiles = cdiv(T, TT)
     h = torch.empty((G, tiles, L, R, TT), dtype=x.dtype, device=x.device)
     grid = (cdiv(T, TX) * K * cdiv(Q, BA), G)
-    shape = {"L": L, "R": R, "K": K, "Q": Q, "P": P, "TT": TT, "TX": TX, "BA": BA, "BP": min(64, _pad(P))}
+    shape = {"L": L, "R": R, "K": K, "Q": Q, "P": P, "TT": TT, "TX": TX, "BA": BA, "BP": min(64, pad(P))}
     shape |= {"STAGES": c.get("RSTAGES", 2)}
     args = (x, right, h, T, n, tiles, x.stride(0), x.stride(1))
     kf.right_stage[grid](*args, **shape, **_meta(x), num_warps=c.get("right_warps", 4))
@@ -166,7 +151,7 @@ def interleave(z: Tensor, bias: Tensor, nrows: int, activation: str) -> Tensor:
     """``activation(y + bias)`` of the outputs (G, l, T, s)."""
     G, L, T, S = z.shape
     y = torch.empty((G, T, nrows), dtype=z.dtype, device=z.device)
-    tile = {"TT": 16, "JB": min(16, power(L)), "BU": min(64, _pad(S))}
+    tile = {"TT": 16, "JB": min(16, power(L)), "BU": min(64, pad(S))}
     grid = (cdiv(T, 16) * cdiv(L, tile["JB"]) * cdiv(S, tile["BU"]), G)
     more = {"ACT": activation, "HAS_BIAS": bias.numel() > 0}
     kb.interleave[grid](z, bias, y, T, nrows, L=L, S=S, **tile, **more, num_warps=4)

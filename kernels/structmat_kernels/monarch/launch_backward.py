@@ -15,14 +15,12 @@ from structmat_kernels.monarch.launch import (
     _blocks,
     _cublas_hidden,
     _meta,
-    _pad,
     _processors,
     _sizes,
-    cdiv,
     hidden,
-    power,
     rows_first,
 )
+from structmat_kernels.sizes import cdiv, pad, power
 from structmat_kernels.tuning import Config, lookup
 
 Gradients = tuple[Tensor | None, Tensor | None, Tensor | None]
@@ -38,9 +36,9 @@ def _shared_memory(x: Tensor) -> int:
 
 def _fits_resident(z: dict[str, int]) -> bool:
     """Whether a part of q left blocks fits: its sums registers, factors and tiles (of 16 tokens) shared memory."""
-    if z["L"] % z["Q"] or 2 * z["Q"] < _pad(z["Q"]):
+    if z["L"] % z["Q"] or 2 * z["Q"] < pad(z["Q"]):
         return False
-    S, R, Q, P = (_pad(z[name]) for name in "SRQP")
+    S, R, Q, P = (pad(z[name]) for name in "SRQP")
     tiles = 16 * (R * P + S * Q + max(S * Q, R * Q, R * P))
     return Q * R * max(S, P) <= 32768 and 2 * (Q * R * (S + P) + tiles) <= RESIDENT
 
@@ -76,7 +74,7 @@ def deinterleave(gy: Tensor, L: int, S: int) -> Tensor:
     G, T, nrows = gy.shape
     gy = rows_first(gy)
     out = torch.empty((G, L, T, S), dtype=gy.dtype, device=gy.device)
-    tile = {"TT": 16, "JB": min(16, power(L)), "BU": min(64, _pad(S))}
+    tile = {"TT": 16, "JB": min(16, power(L)), "BU": min(64, pad(S))}
     grid = (cdiv(T, 16) * cdiv(L, tile["JB"]) * cdiv(S, tile["BU"]), G)
     kb.deinterleave[grid](gy, out, T, nrows, gy.stride(0), gy.stride(1), L=L, S=S, **tile, num_warps=4)
     return out
@@ -148,7 +146,7 @@ def _resident(
     gleft = torch.empty((lefts, G, L, S, R) if want_w else 1, dtype=torch.float32, device=gy.device)
     gright = torch.empty((rights, G, K, Q, P) if want_w else 1, dtype=torch.float32, device=gy.device)
     ncols = gx.shape[-1] if want_x else x.shape[-1]
-    shape = {"TT": c["TT"], "JB": _pad(Q), "BI": _pad(R), "BP": _pad(P), "BU": _pad(S), **_way(c)}
+    shape = {"TT": c["TT"], "JB": pad(Q), "BI": pad(R), "BP": pad(P), "BU": pad(S), **_way(c)}
     args = (gy, x, left, right, gx, gleft, gright, T, ncols, nrows, tiles, lefts, rights, G)
     strides = (gy.stride(0), gy.stride(1), x.stride(0), x.stride(1))
     kr.resident_backward[(parts * (lefts + rights), G)](
@@ -184,18 +182,18 @@ def _stages(
     gh = torch.empty((G, tiles, L, R, TT), dtype=gy.dtype, device=gy.device)
     more = {"STAGES": c["STAGES"], "WANT_W": want_w} | _meta(gy) | {"num_warps": c["num_warps"]}
     if c["path"] == "strided":
-        JB, BR = c["JB"], min(c["BR"], _pad(R))
+        JB, BR = c["JB"], min(c["BR"], pad(R))
         pieces = cdiv(L, JB) * cdiv(R, BR)
         walkers = _split(tiles, pieces * G, max(_processors(gy) * c["CTAS"], pieces * G))
         gleft = torch.empty((walkers, G, L, S, R) if want_w else 1, dtype=torch.float32, device=gy.device)
         args = (gy, left, kept, gh, gleft, T, nrows, tiles, walkers, G, gy.stride(0), gy.stride(1))
-        shape = {"L": L, "S": S, "R": R, "TT": TT, "JB": JB, "BU": _pad(S), "BR": BR, **_way(c)}
+        shape = {"L": L, "S": S, "R": R, "TT": TT, "JB": JB, "BU": pad(S), "BR": BR, **_way(c)}
         kr.strided_left[(pieces * walkers, G)](*args, **shape, **more)
     else:
         walkers = _split(tiles, G * L, c["programs"])
         gleft = torch.empty((walkers, G, L, S, R) if want_w else 1, dtype=torch.float32, device=gy.device)
         args = (deinterleave(gy, L, S), left, kept, gh, gleft, T, tiles, walkers, G)
-        shape = {"L": L, "S": S, "R": R, "TT": TT, "BS": _pad(S), "BR": _pad(R), "WANT_H": True}
+        shape = {"L": L, "S": S, "R": R, "TT": TT, "BS": pad(S), "BR": pad(R), "WANT_H": True}
         kb.left_backward[(L, walkers, G)](*args, **shape, **more)
     c = c["right"]
     TX = max(c["TX"], TT)
@@ -205,7 +203,7 @@ def _stages(
     ncols = gx.shape[-1] if want_x else x.shape[-1]
     kb.right_backward[(K, walkers, G)](
         gh, right, x, gx, gright, T, ncols, tiles, spans, walkers, G, x.stride(0), x.stride(1), L=L, R=R, K=K, Q=Q, P=P,
-        TT=TT, TX=TX, BQ=_pad(Q), BP=_pad(P), STAGES=c["STAGES"], WANT_X=want_x, WANT_W=want_w, **_meta(gy),
+        TT=TT, TX=TX, BQ=pad(Q), BP=pad(P), STAGES=c["STAGES"], WANT_X=want_x, WANT_W=want_w, **_meta(gy),
         num_warps=c["num_warps"],
     )  # fmt: skip
     return gleft, gright
