@@ -8,6 +8,7 @@ and the reference everywhere else; "triton" raises where the kernels cannot run.
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib.util
 import os
 from typing import Any
@@ -24,15 +25,24 @@ _HAS_TRITON = importlib.util.find_spec("triton") is not None
 _DEFAULT = os.environ.get("STRUCTMAT_BACKEND", "auto")
 
 
-# Compute capability of each device that was asked about. A dictionary, not a cached function: torch.compile reads it.
-_CAPABILITY: dict[int, tuple[int, int]] = {}
+#: Bytes of shared memory that a program must be able to have: an A100 has 166912, an H100 232448, others about 100000.
+SHARED_MEMORY = 163_840
 
 
-def _capability(device: torch.device) -> tuple[int, int]:
-    index = device.index or 0
-    if index not in _CAPABILITY:
-        _CAPABILITY[index] = torch.cuda.get_device_capability(index)
-    return _CAPABILITY[index]
+@functools.cache
+def _asked(index: int) -> tuple[int, int, int]:
+    properties = torch.cuda.get_device_properties(index)
+    return properties.major, properties.minor, properties.shared_memory_per_block_optin
+
+
+def _ability(index: int) -> tuple[int, int, int]:
+    """Compute capability and bytes of shared memory of a device."""
+    return _asked(index)
+
+
+# torch.compile calls it and keeps the result. This is what torch.compiler.assume_constant_result does, whose import of
+# dynamo would bring triton into every program.
+_ability._dynamo_marked_constant = True
 
 
 def _obstacle(tensors: tuple[Tensor, ...]) -> Exception | None:
@@ -46,9 +56,13 @@ def _obstacle(tensors: tuple[Tensor, ...]) -> Exception | None:
     if any(hasattr(t, "device_mesh") for t in tensors):
         return TypeError("the Triton kernels take plain tensors, got a distributed one; use backend='torch'")
     if x.is_cuda:
-        capability = _capability(x.device)
-        if capability < (8, 0):
-            return ValueError(f"the Triton kernels need compute capability 8.0, {x.device} has {capability}")
+        major, minor, shared = _ability(x.device.index or 0)
+        capability = (major, minor)
+        if capability < (8, 0) or shared < SHARED_MEMORY:
+            return ValueError(
+                f"the Triton kernels need compute capability 8.0 and {SHARED_MEMORY} bytes of shared memory a program, "
+                f"{x.device} has {capability} and {shared}; use backend='torch'"
+            )
     elif not (INTERPRETED and x.device.type == "cpu") and x.device.type != "meta":
         return ValueError(f"backend='triton' needs CUDA tensors, got {x.device}; use backend='auto' or 'torch'")
     return None

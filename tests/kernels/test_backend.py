@@ -50,11 +50,15 @@ def test_obstacles(monkeypatch, interpreted):
     x = torch.zeros(2)
     with pytest.raises(TypeError, match="take plain tensors, got a distributed one"):
         use_triton("triton", x, SimpleNamespace(device_mesh=None))
-    monkeypatch.setattr(backend, "_CAPABILITY", {0: (7, 5)})
-    with pytest.raises(ValueError, match=r"need compute capability 8\.0, cuda:0 has \(7, 5\)"):
+    monkeypatch.setattr(backend, "_ability", lambda index: (7, 5, 65536))
+    with pytest.raises(ValueError, match=r"need compute capability 8\.0 .* cuda:0 has \(7, 5\)"):
         use_triton("triton", on_cuda())
     assert not use_triton("auto", on_cuda())
-    monkeypatch.setattr(backend, "_CAPABILITY", {0: (9, 0)})
+    monkeypatch.setattr(backend, "_ability", lambda index: (8, 6, 101376))
+    with pytest.raises(ValueError, match=r"163840 bytes of shared memory a program, cuda:0 has \(8, 6\) and 101376"):
+        use_triton("triton", on_cuda())
+    assert not use_triton("auto", on_cuda())
+    monkeypatch.setattr(backend, "_ability", lambda index: (9, 0, 232448))
     assert use_triton("triton", on_cuda()) and use_triton("auto", on_cuda())
     assert not use_triton("auto", on_cuda(), SimpleNamespace(device_mesh=None))
     monkeypatch.setattr(backend, "INTERPRETED", False)
@@ -69,12 +73,18 @@ def test_obstacles(monkeypatch, interpreted):
     assert not use_triton("auto", on_cuda())
 
 
-def test_capability_is_asked_once(monkeypatch, interpreted):
+def test_a_device_is_asked_once_also_in_compiled_code(monkeypatch, interpreted):
     asked = []
-    monkeypatch.setattr(backend, "_CAPABILITY", {})
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: asked.append(index) or (8, 6))
-    assert use_triton("auto", on_cuda()) and use_triton("auto", on_cuda())
-    assert asked == [0]
+    properties = SimpleNamespace(major=8, minor=0, shared_memory_per_block_optin=166912)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: asked.append(index) or properties)
+    backend._asked.cache_clear()
+    try:
+        compiled = torch.compile(lambda x: x + backend._ability(0)[2], fullgraph=True, backend="eager")
+        assert compiled(torch.zeros(1)) == 166912
+        assert use_triton("auto", on_cuda()) and use_triton("auto", on_cuda())
+        assert asked == [0]
+    finally:
+        backend._asked.cache_clear()
 
 
 def test_precision_follows_pytorch(monkeypatch):

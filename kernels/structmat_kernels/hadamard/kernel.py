@@ -98,14 +98,14 @@ def _products(
         tl.store(y_ptr + wide * (A * B) + at, y.to(y_ptr.dtype.element_ty))
 
 
-def config(rows: int, n: int, dtype: torch.dtype = torch.float32) -> dict[str, int]:
-    """Which kernel and tiles; measured on an H100.
+def config(rows: int, n: int, dtype: torch.dtype = torch.float32, large: bool = True) -> dict[str, int]:
+    """Which kernel and tiles; measured on an H100. ``large``: a program can have an H100's shared memory.
 
     With shuffles: rows a program, values of a row it computes, and warps. A program of one warp and 4096 values keeps
     8 KB (bfloat16) in flight; 12 of them fit on a multiprocessor. With products (``A``): the split of a row, and
     programs a multiprocessor.
     """
-    if dtype != torch.float32 and 4096 <= n <= 16384 and rows > 64:
+    if dtype != torch.float32 and 4096 <= n <= (16384 if large else 4096) and rows > 64:
         A = 64 if n <= 4096 else 128
         few = {4096: (4, 3, 6), 8192: (4, 3, 6), 16384: (8, 4, 1)}[n]
         return {"A": A} | dict(zip(("num_warps", "STAGES", "CTAS"), few, strict=True))
@@ -120,11 +120,12 @@ def hadamard(x: Tensor, scale: float, config: dict[str, int] | None = None) -> T
         return y
     if x.stride(1) != 1:
         x = x.contiguous()
-    c = config or _config(rows, n, x.dtype)
+    device = torch.cuda.get_device_properties(x.device) if x.is_cuda else None
+    large = device is None or device.shared_memory_per_block_optin > 200_000
+    c = config or _config(rows, n, x.dtype, large)
     with torch.cuda.device_of(x):
         if "A" in c:
-            sms = torch.cuda.get_device_properties(x.device).multi_processor_count if x.is_cuda else 2
-            walkers = min(rows, sms * c["CTAS"])
+            walkers = min(rows, (device.multi_processor_count if device else 2) * c["CTAS"])
             _products[(walkers,)](
                 x, y, rows, x.stride(0), float(scale), walkers, A=c["A"], B=n // c["A"], STAGES=c["STAGES"],
                 UPCAST=INTERPRETED, num_warps=c["num_warps"],
