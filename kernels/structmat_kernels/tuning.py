@@ -1,4 +1,4 @@
-"""Measured kernel configurations: a table that ships with the package, and a file of the user's own measurements.
+"""Measured kernel configurations: a table beside this file, none of which ships yet, and a file of the user's own.
 
 Nothing is measured at import or at a call. ``python -m structmat_kernels.tune`` measures the shapes that it is given
 and writes the user's file: ``$STRUCTMAT_TUNING``, by default ``structmat/tuning.json`` in the user's cache directory.
