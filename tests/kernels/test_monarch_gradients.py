@@ -1,11 +1,14 @@
 """Derivatives of the Monarch product of every order and mode, against the float64 reference."""
 
+import importlib
+
 import pytest
 import torch
 
 from structmat_kernels.monarch import monarch, monarch_transposed, op, reference
 
-launch = pytest.importorskip("structmat_kernels.monarch.launch_backward")
+pytest.importorskip("triton")  # only that may be missing: an error in our own modules is no reason to skip
+launch = importlib.import_module("structmat_kernels.monarch.launch_backward")
 
 BOUND = {torch.float32: 5e-6, torch.float16: 2e-3, torch.bfloat16: 1e-2}
 HALF = [torch.float16, torch.bfloat16]
@@ -234,3 +237,22 @@ def test_opcheck(device):
     torch.library.opcheck(op._monarch_backward, (y, x, left, right, bias, 13, "relu", [True, False, True, True]))
     torch.library.opcheck(op._transposed, (y, left, right, 11))
     torch.library.opcheck(op._transposed_backward, (x, y, left, right, 11, [False, True, True]))
+
+
+def test_more_matrices_than_a_grid_has(device, monkeypatch):
+    """Batches beyond the limit of a grid's axis are cut; with a small limit, an odd rest remains."""
+    monkeypatch.setattr(op, "MOST_MATRICES", 2)
+    *tensors, gy = operands(RECTANGULAR, 6, torch.float32, device, (5,))
+    mine, right = leaves(tensors), leaves(tensors, torch.float64)
+    y, expected = product(*mine, "gelu"), exact(*right, "gelu")
+    close(y, expected)
+    found = torch.autograd.grad(y, mine, gy)
+    for name, g, e in zip(
+        ("x", "left", "right", "bias"), found, torch.autograd.grad(expected, right, gy.double()), strict=True
+    ):
+        close(g, e, name=name)
+    _, left, right, _ = tensors
+    close(
+        monarch_transposed(gy, left, right, RECTANGULAR[7], backend="triton"),
+        reference.monarch_transposed(gy.double(), left.double(), right.double(), RECTANGULAR[7]),
+    )
