@@ -6,7 +6,7 @@ not. It costs about 60 us of Python a call, as much as a kernel: plain eager cal
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -42,7 +42,7 @@ def differentiable(
 
         return torch.func.vjp(of_wanted, *(tensors[i] for i in wanted))[1](grad)
 
-    forward_direct, backward_direct = _implementation(forward_op), _implementation(backward_op)
+    fast_forward, fast_backward = _implementation(forward_op), _implementation(backward_op)
     # torch.compile traces the registered overload; it cannot guard on the object that defines it.
     forward_op, backward_op = _overload(forward_op), _overload(backward_op)
 
@@ -112,35 +112,56 @@ def differentiable(
             )
             return torch.func.jvp(lambda *ts: reference(*ts, *static), tuple(tensors), filled)[1]
 
+    def long(*args: Any) -> Tensor:
+        return (Traced if torch.compiler.is_compiling() else Eager).apply(*args)
+
+    fast = short(fast_forward, fast_backward, long, count)
+
+    def call(*args: Any) -> Tensor:
+        return fast(*args) if is_plain(args[:count]) else long(*args)
+
+    return call
+
+
+def short(
+    forward: Callable[..., Tensor],
+    backward: Callable[..., Sequence[Tensor | None]],
+    long: Callable[..., Tensor],
+    count: int,
+) -> Callable[..., Tensor]:
+    """A version for plain eager calls (see ``is_plain``), which does without operators and transforms.
+
+    Args:
+        forward: ``(*tensors, *static) -> Tensor``.
+        backward: ``(grad, *tensors, *static, needs: list[bool])`` to a gradient for each tensor, anything where needs
+            says no.
+        long: what ``forward`` computes, differentiable any number of times; second derivatives follow it.
+        count: number of tensors, any of which may be None.
+    """
+
     class Plain(Function):
-        # The short way: no transforms, no tracing, tensors that are nothing but tensors.
         @staticmethod
         def forward(ctx: Any, *args: Any) -> Tensor:
             ctx.save_for_backward(*args[:count])
-            ctx.save_for_forward(*args[:count])
             ctx.static = args[count:]
-            return forward_direct(*args)
+            return forward(*args)
 
         @staticmethod
         def backward(ctx: Any, *grads: Tensor) -> tuple:
-            needs = tuple(ctx.needs_input_grad[:count])
+            tensors, needs = ctx.saved_tensors, list(ctx.needs_input_grad[:count])
             if torch.is_grad_enabled():  # a second derivative will be asked for
-                found = iter(Backward.apply(*grads, *ctx.saved_tensors, *ctx.static, needs))
+                # As views: one tensor in two places has a gradient of each.
+                views = [t.view_as(t) if need else t for t, need in zip(tensors, needs, strict=True)]
+                wanted = [t for t, need in zip(views, needs, strict=True) if need]
+                found = iter(torch.autograd.grad(long(*views, *ctx.static), wanted, grads, create_graph=True))
                 return (*(next(found) if need else None for need in needs), *(None for _ in ctx.static))
-            found = backward_direct(*grads, *ctx.saved_tensors, *ctx.static, list(needs))
+            found = backward(*grads, *tensors, *ctx.static, needs)
             return (*(g if need else None for g, need in zip(found, needs, strict=True)), *(None for _ in ctx.static))
 
-        jvp = Eager.jvp
-
     def call(*args: Any) -> Tensor:
-        if torch.compiler.is_compiling():
-            return Traced.apply(*args)
-        tensors = args[:count]
-        if not _is_plain(tensors):
-            return Eager.apply(*args)
-        if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
+        if torch.is_grad_enabled() and any([t is not None and t.requires_grad for t in args[:count]]):
             return Plain.apply(*args)
-        return Plain.apply(*args) if _forward_mode() else forward_direct(*args)
+        return forward(*args)
 
     return call
 
@@ -158,10 +179,12 @@ _transforms_active = getattr(torch._C, "_are_functorch_transforms_active", lambd
 _modes = getattr(torch._C, "_len_torch_dispatch_stack", lambda: 1)
 
 
-def _is_plain(tensors: tuple[Tensor, ...]) -> bool:
-    """Whether nothing but autograd looks at these tensors."""
-    return not _transforms_active() and _modes() == 0 and all(type(t) in (Tensor, Parameter) for t in tensors)
-
-
-def _forward_mode() -> bool:
-    return torch.autograd.forward_ad._current_level >= 0
+def is_plain(tensors: tuple[Tensor | None, ...]) -> bool:
+    """Whether nothing but reverse-mode autograd looks at these tensors."""
+    return (
+        not torch.compiler.is_compiling()
+        and not _transforms_active()
+        and _modes() == 0
+        and torch.autograd.forward_ad._current_level < 0
+        and all([t is None or type(t) in (Tensor, Parameter) for t in tensors])
+    )

@@ -21,6 +21,7 @@ DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 #: True where Triton runs its kernels in Python on CPU tensors, for tests. Triton reads it when a kernel is defined.
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+_PLAIN = (Tensor, torch.nn.Parameter)  # asking others for what they lack costs a microsecond each
 _HAS_TRITON = importlib.util.find_spec("triton") is not None
 _DEFAULT = os.environ.get("STRUCTMAT_BACKEND", "auto")
 
@@ -53,7 +54,7 @@ def _obstacle(tensors: tuple[Tensor, ...]) -> Exception | None:
         return TypeError(f"the Triton kernels take {names}, got {x.dtype}; use backend='torch'")
     if not _HAS_TRITON:
         return ValueError("backend='triton' needs the package triton, which is not installed")
-    if any(hasattr(t, "device_mesh") for t in tensors):
+    if any([type(t) not in _PLAIN and hasattr(t, "device_mesh") for t in tensors]):
         return TypeError("the Triton kernels take plain tensors, got a distributed one; use backend='torch'")
     if x.is_cuda:
         major, minor, shared = _ability(x.device.index or 0)
@@ -95,10 +96,16 @@ def runs_kernels(x: Tensor) -> bool:
     return x.dtype in DTYPES and (x.is_cuda or INTERPRETED)
 
 
+_NOTHING = contextlib.nullcontext()
+
+
 def launching(x: Tensor) -> Any:
     """A context for work on x: its device is the current one, and autocast, which has had its say, is off."""
+    autocast = torch.is_autocast_enabled(x.device.type)
+    if not autocast and (not x.is_cuda or x.get_device() == torch.cuda.current_device()):
+        return _NOTHING
     device = torch.cuda.device_of(x)
-    if not torch.is_autocast_enabled(x.device.type):
+    if not autocast:
         return device
     both = contextlib.ExitStack()
     both.enter_context(device)

@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 Config = dict[str, Any]
 SHIPPED = Path(__file__).with_name("tuned.json")
@@ -64,6 +63,6 @@ def _nearest(op: str, device: torch.device, dtype: torch.dtype, sizes: tuple[int
     return entries[best] if best is not None and distance[best] <= math.log2(REACH) else None
 
 
-def lookup(op: str, like: Tensor, sizes: tuple[int, ...], tokens: int) -> Config | None:
-    """The measured configuration nearest to ``tokens`` on the device of ``like``, or None."""
-    return _nearest(op, like.device, like.dtype, sizes, tokens) if like.is_cuda and tokens > 0 else None
+def lookup(op: str, device: torch.device, dtype: torch.dtype, sizes: tuple[int, ...], tokens: int) -> Config | None:
+    """The measured configuration nearest to ``tokens`` on this device, or None."""
+    return _nearest(op, device, dtype, sizes, tokens) if device.type == "cuda" and tokens > 0 else None

@@ -169,7 +169,7 @@ def tables(monkeypatch, tmp_path):
 
 
 def find(tokens, op="monarch", dtype=torch.bfloat16, sizes=(4, 4)):
-    found = tuning.lookup(op, on_cuda(dtype), sizes, tokens)
+    found = tuning.lookup(op, torch.device("cuda", 0), dtype, sizes, tokens)
     return found and found["path"]
 
 
@@ -190,7 +190,7 @@ def test_only_its_own_key(tables):
     assert find(16, op="monarch_backward") is None
     assert find(16, dtype=torch.float16) is None
     assert find(16, sizes=(4, 8)) is None and find(16, sizes=(4,)) is None
-    assert tuning.lookup("monarch", torch.zeros(1, dtype=torch.bfloat16), (4, 4), 16) is None  # not on CUDA
+    assert tuning.lookup("monarch", torch.device("cpu"), torch.bfloat16, (4, 4), 16) is None  # not on CUDA
 
 
 def test_user_comes_before_shipped(tables):

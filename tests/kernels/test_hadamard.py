@@ -6,6 +6,7 @@ import pytest
 import scipy.linalg
 import torch
 
+from structmat.testing import relative_error
 from structmat_kernels.hadamard import hadamard
 from structmat_kernels.hadamard import op as had_op
 from structmat_kernels.hadamard.reference import hadamard as reference
@@ -24,15 +25,6 @@ def rows(T, n, dtype=torch.float32, device="cpu", seed=0):
     return torch.randn(T, n, generator=torch.Generator().manual_seed(seed)).to(device, dtype)
 
 
-def relative(y, exact):
-    return ((y.double() - exact).norm() / exact.norm()).item()
-
-
-def poison(monkeypatch):
-    empty = torch.empty
-    monkeypatch.setattr(kernel.torch, "empty", lambda *size, **kw: empty(*size, **kw).fill_(float("nan")))
-
-
 @pytest.mark.parametrize("n", [1, 2, 4, 32, 256])
 def test_reference_is_sylvesters_matrix(n):
     H = torch.from_numpy(scipy.linalg.hadamard(n)).double()
@@ -43,13 +35,12 @@ def test_reference_is_sylvesters_matrix(n):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("T, n", SHAPES)
-def test_parity_on_poisoned_memory(T, n, dtype, device, monkeypatch):
+def test_parity_on_poisoned_memory(T, n, dtype, device, poisoned):
     x = rows(T, n, dtype, device)
     exact = reference(x.double(), n**-0.5)
-    poison(monkeypatch)
     y = hadamard(x, scale=n**-0.5, backend="triton")
     assert y.dtype == dtype and y.shape == x.shape
-    assert relative(y, exact) <= BOUND[dtype]
+    assert relative_error(y, exact) <= BOUND[dtype]
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -65,8 +56,8 @@ def test_error_is_that_of_a_rounded_transform(device):
     for dtype in DTYPES if device == "cuda" else DTYPES[:2]:  # the interpreter truncates float32 to bfloat16
         x = rows(4, 1024, dtype, device)
         exact = reference(x.double(), 1 / 32)
-        rounded = relative(exact.to(dtype), exact)
-        assert relative(hadamard(x, scale=1 / 32, backend="triton"), exact) <= 1.5 * rounded + 1e-7
+        rounded = relative_error(exact.to(dtype), exact)
+        assert relative_error(hadamard(x, scale=1 / 32, backend="triton"), exact) <= 1.5 * rounded + 1e-7
 
 
 @pytest.mark.parametrize(
@@ -79,23 +70,21 @@ def test_error_is_that_of_a_rounded_transform(device):
     ],
     ids=str,
 )
-def test_any_configuration(config, device, monkeypatch):
+def test_any_configuration(config, device, poisoned):
     x = rows(11, 64, device=device)
-    poison(monkeypatch)
-    assert relative(kernel.hadamard(x, 0.3, config), reference(x.double(), 0.3)) <= BOUND[torch.float32]
+    assert relative_error(kernel.hadamard(x, 0.3, config), reference(x.double(), 0.3)) <= BOUND[torch.float32]
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("n", [4096, 8192, 16384])
-def test_matrix_units(n, dtype, device, monkeypatch):
+def test_matrix_units(n, dtype, device, poisoned):
     """The products of half precision, for which config asks from 65 rows on."""
     assert "A" in kernel.config(67, n, dtype)
     x = rows(2 * 67, n, dtype, device)[::2]
-    poison(monkeypatch)
     exact = reference(x.double(), n**-0.5)
-    rounded = relative(exact.to(dtype), exact)
+    rounded = relative_error(exact.to(dtype), exact)
     allowed = 1.5 * rounded if device == "cuda" or dtype == torch.float16 else 1e-2
-    assert relative(kernel.hadamard(x, n**-0.5), exact) <= allowed
+    assert relative_error(kernel.hadamard(x, n**-0.5), exact) <= allowed
 
 
 def test_configurations_cover_every_size():
@@ -178,24 +167,12 @@ def test_other_dtypes_and_errors():
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("n", [1 << k for k in range(16)])
-def test_all_sizes_graphs_streams_and_equal_bits(n, dtype):
+def test_all_sizes_graphs_streams_and_equal_bits(n, dtype, same_bits_everywhere):
     x = rows(257, n, dtype, "cuda")
     exact = reference(x.double(), n**-0.5)
-    y = hadamard(x, scale=n**-0.5, backend="triton")
-    rounded = relative(exact.to(dtype), exact)
-    assert relative(y, exact) <= 1.5 * rounded + (2e-7 if dtype == torch.float32 else 0)
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        again = hadamard(x, scale=n**-0.5, backend="triton")
-    stream.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        replayed = hadamard(x, scale=n**-0.5, backend="triton")
-    replayed.fill_(float("nan"))
-    graph.replay()
-    torch.cuda.synchronize()
-    assert torch.equal(y, again) and torch.equal(y, replayed)
+    (y,) = same_bits_everywhere(lambda: [hadamard(x, scale=n**-0.5, backend="triton")])
+    rounded = relative_error(exact.to(dtype), exact)
+    assert relative_error(y, exact) <= 1.5 * rounded + (2e-7 if dtype == torch.float32 else 0)
 
 
 @pytest.mark.gpu

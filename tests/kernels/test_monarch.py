@@ -5,7 +5,7 @@ import importlib
 import pytest
 import torch
 
-from structmat_kernels.monarch import monarch, monarch_transposed, reference
+from structmat_kernels.monarch import monarch, monarch_transposed, reference, rules
 
 pytest.importorskip("triton")  # only that may be missing: an error in our own modules is no reason to skip
 launch = importlib.import_module("structmat_kernels.monarch.launch")
@@ -51,32 +51,6 @@ def serves(path, shape):
 CASES = [(path, name) for path in PATHS for name in SHAPES if serves(path, SHAPES[name])]
 
 
-def embed(t):
-    """t as a part of a larger tensor that is NaN elsewhere, at an odd address."""
-    wide = t.new_full((*t.shape[:-2], t.shape[-2] + 2, t.shape[-1] + 5), float("nan"))
-    part = wide[..., 1:-1, 3:-2]
-    return part.copy_(t)
-
-
-def surround(t):
-    """A contiguous t with NaN before and after it, at an odd address."""
-    wide = t.new_full((t.numel() + 70,), float("nan"))
-    return wide[3 : 3 + t.numel()].copy_(t.flatten()).view(t.shape)
-
-
-def operands(shape, tokens, dtype, device, batch=(), bias=True):
-    """x, left, right, bias of size about 1."""
-    l, s, r, k, q, p, nrows, ncols = shape
-    generator = torch.Generator().manual_seed(l + 10 * s + 100 * r + tokens)
-
-    def normal(*size, scale=1.0):
-        return (scale * torch.randn(*batch, *size, generator=generator)).to(device, dtype)
-
-    x, left, right = normal(tokens, ncols), normal(l, s, r, scale=r**-0.5), normal(k, q, p, scale=p**-0.5)
-    some = normal(nrows) if bias else normal(0)
-    return embed(x), surround(left), surround(right), surround(some)
-
-
 def exact(x, left, right, bias, nrows, activation=""):
     x, left, right, bias = (t.double() for t in (x, left, right, bias))
     z = reference.monarch(x, left, right, nrows) + (bias.unsqueeze(-2) if bias.numel() else 0)
@@ -90,59 +64,47 @@ def close(got, expected, bound=None, name=""):
     assert error <= bound * expected.norm(), f"{name}: {error / expected.norm()}"
 
 
-@pytest.fixture
-def poisoned(monkeypatch):
-    """Fresh memory is full of NaN: an entry that is not written shows."""
-    empty, new_empty = torch.empty, torch.Tensor.new_empty
-
-    def fill(t):
-        return t.fill_(float("nan")) if t.is_floating_point() else t
-
-    monkeypatch.setattr(launch.torch, "empty", lambda *a, **k: fill(empty(*a, **k)))
-    monkeypatch.setattr(torch.Tensor, "new_empty", lambda *a, **k: fill(new_empty(*a, **k)))
-
-
 def tokens_for(path):
     return 5 if path == "small" else 19  # "small" makes a program of each left block and 4 tokens
 
 
 @pytest.mark.parametrize(("path", "name"), CASES)
-def test_every_path_on_awkward_sizes(device, path, name, poisoned):
+def test_every_path_on_awkward_sizes(device, path, name, monarch_operands, poisoned):
     shape, activation = SHAPES[name], ["", "relu", "gelu", "silu"][len(name) % 4]
-    args = operands(shape, tokens_for(path), torch.float32, device, (1,), bias=len(name) % 3 > 0)
+    args = monarch_operands(shape, tokens_for(path), torch.float32, device, (1,), bias=len(name) % 3 > 0)
     got = launch.forward(*args, shape[6], activation, PATHS[path])
     close(got, exact(*args, shape[6], activation))
 
 
 @pytest.mark.parametrize("activation", ["", "relu", "gelu", "silu"])
 @pytest.mark.parametrize("path", PATHS)
-def test_epilogues(device, path, activation, poisoned):
+def test_epilogues(device, path, activation, monarch_operands, poisoned):
     for bias in (True, False) if activation == "" else (activation != "relu",):
-        args = operands(SHAPES["rectangular"], 5, torch.float32, device, (1,), bias=bias)
+        args = monarch_operands(SHAPES["rectangular"], 5, torch.float32, device, (1,), bias=bias)
         close(launch.forward(*args, 13, activation, PATHS[path]), exact(*args, 13, activation))
 
 
 @pytest.mark.parametrize("dtype", HALF, ids=str)
 @pytest.mark.parametrize("path", PATHS)
-def test_half_precision(device, path, dtype, poisoned):
+def test_half_precision(device, path, dtype, monarch_operands, poisoned):
     # The factors of "long" are too large for the chip.
     for name in ("rectangular", "one block") if path in ("small", "resident") else ("rectangular", "long"):
-        args = operands(SHAPES[name], 6, dtype, device, (1,))
+        args = monarch_operands(SHAPES[name], 6, dtype, device, (1,))
         got = launch.forward(*args, SHAPES[name][6], "gelu", PATHS[path])
         assert got.dtype == dtype
         close(got, exact(*args, SHAPES[name][6], "gelu"))
 
 
 @pytest.mark.parametrize("path", PATHS)
-def test_batched_factors_and_token_counts(device, path, poisoned):
+def test_batched_factors_and_token_counts(device, path, monarch_operands, poisoned):
     for tokens in (0, 1, 17):
-        args = operands(SHAPES["rectangular"], tokens, torch.float32, device, (2,))
+        args = monarch_operands(SHAPES["rectangular"], tokens, torch.float32, device, (2,))
         close(launch.forward(*args, 13, "relu", PATHS[path]), exact(*args, 13, "relu"))
 
 
 @pytest.mark.parametrize("path", PATHS)
-def test_strides(device, path):
-    x, left, right, bias = operands(SHAPES["rectangular"], 5, torch.float32, device, (2,))
+def test_strides(device, path, monarch_operands):
+    x, left, right, bias = monarch_operands(SHAPES["rectangular"], 5, torch.float32, device, (2,))
     for some, b in (
         (x[1:2].expand(2, -1, -1), bias[:1].expand(2, -1)),  # one batch entry for all
         (x[:, :1].expand(-1, 5, -1), bias[:, :1].expand(-1, 13)),  # one token, one bias
@@ -161,34 +123,37 @@ RULES = {
     "stages, left in registers": ((18, 3, 2, 3, 12, 43, 53, 129), 129),
     "stages, joined": ((6, 5, 2, 4, 3, 33, 29, 131), 129),
     "stages": ((18, 64, 64, 18, 64, 8, 1151, 143), 129),
-    "cublas": ((2, 130, 4, 2, 4, 3, 255, 5), 5),
-    "stages, large": ((3, 130, 4, 6, 2, 3, 255, 5), 5),
+    "cublas": ((2, 130, 4, 2, 4, 3, 255, 5), 129),
+    "stages, large": ((3, 130, 4, 6, 2, 3, 255, 5), 129),
+    "stages, large blocks, a few tokens": ((2, 130, 4, 2, 4, 3, 255, 5), 5),
+    "stages, large blocks, some tokens": ((3, 130, 4, 6, 2, 3, 255, 5), 19),
 }
 
 
 @pytest.mark.parametrize("name", RULES)
-def test_rule(device, name, monkeypatch, poisoned):
+def test_rule(device, name, monkeypatch, monarch_operands, poisoned):
     """What the rule chooses without a measurement is right."""
-    monkeypatch.setattr(launch, "lookup", lambda *_: None)
+    monkeypatch.setattr(rules, "lookup", lambda *_: None)
     shape, tokens = RULES[name]
-    args = operands(shape, tokens, torch.float32, device, (1,))
-    assert launch.choose(args[1], args[2], tokens)["path"] == name.split(",")[0]
+    args = monarch_operands(shape, tokens, torch.float32, device, (1,))
+    sizes = rules.Factors(*shape[:6])
+    assert rules.choose(sizes, tokens, torch.float32, args[0].device)["path"] == name.split(",")[0]
     close(launch.forward(*args, shape[6], ""), exact(*args, shape[6]))
 
 
-def test_measurements_come_before_the_rule(monkeypatch):
-    args = operands(SHAPES["prime"], 3, torch.float32, "cpu", (1,))
+def test_measurements_come_before_the_rule(monkeypatch, monarch_operands):
+    args = monarch_operands(SHAPES["prime"], 3, torch.float32, "cpu", (1,))
     for path in ("cublas", "stages"):
-        monkeypatch.setattr(launch, "lookup", lambda *_, config=PATHS[path]: config)
-        assert launch.choose(args[1], args[2], 3) == PATHS[path]
+        monkeypatch.setattr(rules, "lookup", lambda *_, config=PATHS[path]: config)
+        assert rules.choose(rules.Factors(*SHAPES["prime"][:6]), 3, torch.float32, args[0].device) == PATHS[path]
     assert launch.forward(*args, 31, "", {"path": "reference"}) is None
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
-def test_blocks_without_a_kernel(device, dtype):
+def test_blocks_without_a_kernel(device, dtype, monarch_operands):
     """Wide blocks and q no multiple of l."""
     shape = (3, 130, 4, 6, 2, 3, 255, 5)
-    x, left, right, bias = operands(shape, 5, dtype, device)
+    x, left, right, bias = monarch_operands(shape, 5, dtype, device)
     close(monarch(x, left, right, 255, bias, "silu", backend="triton"), exact(x, left, right, bias, 255, "silu"))
     y = monarch(x, left, right, 255, backend="triton").detach()
     expected = reference.monarch_transposed(y.double(), left.double(), right.double(), 5)
@@ -196,13 +161,13 @@ def test_blocks_without_a_kernel(device, dtype):
 
 
 @pytest.mark.parametrize("path", PATHS)
-def test_error_is_that_of_a_dense_product(device, path):
+def test_error_is_that_of_a_dense_product(device, path, monarch_operands):
     """At most 1.5 times the dense product's: one rounding more, that of the hidden entries (the root of 2)."""
     shape = (16, 16, 16, 16, 16, 16, 256, 256)
     tokens = 48 if device == "cuda" else 2 if path == "small" else 16
     # Triton's interpreter truncates to bfloat16 where the device rounds.
     for dtype in HALF if device == "cuda" else HALF[:1]:
-        x, left, right, none = operands(shape, tokens, dtype, device, (1,), bias=False)
+        x, left, right, none = monarch_operands(shape, tokens, dtype, device, (1,), bias=False)
         eye = torch.eye(256, dtype=torch.float64, device=device)
         weight = reference.monarch(eye, left[0].double(), right[0].double(), 256).mT
         # The dense product has a weight of its own: it is not charged with the rounding of a product of factors.

@@ -5,10 +5,10 @@ import importlib
 import pytest
 import torch
 
-from structmat_kernels.monarch import reference
+from structmat_kernels.monarch import reference, rules
 
 pytest.importorskip("triton")  # only that may be missing: an error in our own modules is no reason to skip
-launch = importlib.import_module("structmat_kernels.monarch.launch")
+large = importlib.import_module("structmat_kernels.monarch.large")
 launch_backward = importlib.import_module("structmat_kernels.monarch.launch_backward")
 
 BOUND = {torch.float32: 5e-6, torch.float16: 2e-3, torch.bfloat16: 1e-2}
@@ -31,35 +31,7 @@ RIGHT = {"TX": 32, "STAGES": 1, "num_warps": 4, "programs": 64}
 HIDDEN = {"TX": 32, "BA": 16, "RSTAGES": 1, "right_warps": 4}
 GENERAL = {"path": "general", "TT": 16, "STAGES": 1, "num_warps": 4, "programs": 64, "hidden": HIDDEN, "right": RIGHT}
 STRIDED = GENERAL | {"path": "strided", "JB": 8, "BR": 16, "HOLD": False, "SPREAD": True, "CTAS": 1}
-RESIDENT = {"path": "resident", "TT": 16, "STAGES": 1, "HOLD": False, "SPREAD": True, "num_warps": 4}
-RESIDENT |= {"CTAS": 1, "SHARE": 0.5}
-BACKWARD = {"resident": RESIDENT, "strided": STRIDED, "general": GENERAL, "cublas": None}
-
-
-def embed(t):
-    """t as a part of a larger tensor that is NaN elsewhere, at an odd address."""
-    wide = t.new_full((*t.shape[:-2], t.shape[-2] + 2, t.shape[-1] + 5), float("nan"))
-    part = wide[..., 1:-1, 3:-2]
-    return part.copy_(t)
-
-
-def surround(t):
-    """A contiguous t with NaN before and after it, at an odd address."""
-    wide = t.new_full((t.numel() + 70,), float("nan"))
-    return wide[3 : 3 + t.numel()].copy_(t.flatten()).view(t.shape)
-
-
-def operands(shape, tokens, dtype, device, batch=(), bias=True):
-    """x, left, right, bias of size about 1."""
-    l, s, r, k, q, p, nrows, ncols = shape
-    generator = torch.Generator().manual_seed(l + 10 * s + 100 * r + tokens)
-
-    def normal(*size, scale=1.0):
-        return (scale * torch.randn(*batch, *size, generator=generator)).to(device, dtype)
-
-    x, left, right = normal(tokens, ncols), normal(l, s, r, scale=r**-0.5), normal(k, q, p, scale=p**-0.5)
-    some = normal(nrows) if bias else normal(0)
-    return embed(x), surround(left), surround(right), surround(some)
+BACKWARD = {"strided": STRIDED, "general": GENERAL, "cublas": None}
 
 
 def close(got, expected, bound=None, name=""):
@@ -69,34 +41,28 @@ def close(got, expected, bound=None, name=""):
     assert error <= bound * expected.norm(), f"{name}: {error / expected.norm()}"
 
 
-@pytest.fixture
-def poisoned(monkeypatch):
-    """Fresh memory is full of NaN: an entry that is not written shows."""
-    empty, new_empty = torch.empty, torch.Tensor.new_empty
-
-    def fill(t):
-        return t.fill_(float("nan")) if t.is_floating_point() else t
-
-    monkeypatch.setattr(launch.torch, "empty", lambda *a, **k: fill(empty(*a, **k)))
-    monkeypatch.setattr(torch.Tensor, "new_empty", lambda *a, **k: fill(new_empty(*a, **k)))
-
-
 def backward(config, *args):
     if config is None:
-        return launch_backward._cublas_backward(*args)
+        return large.backward(*args)
     return launch_backward.backward(*args, config)
 
 
 def backward_serves(path, shape):
     l, q = shape[0], shape[4]
-    return {"resident": l % q == 0, "cublas": q % l == 0}.get(path, True)
+    return path != "cublas" or q % l == 0
 
 
-def backward_operands(name, tokens, dtype, device, batch=(1,)):
-    x, left, right, _ = operands(SHAPES.get(name, name), tokens, dtype, device, batch)
-    nrows = SHAPES.get(name, name)[6]
-    gy = torch.randn(*batch, tokens, nrows, generator=torch.Generator().manual_seed(5))
-    return embed(gy.to(device, dtype)), x, left, right
+@pytest.fixture
+def operands(monarch_operands, embed):
+    """Makes a gradient of the outputs, x, left, right of size about 1, with NaN around them."""
+
+    def make(name, tokens, dtype, device, batch=(1,)):
+        shape = SHAPES.get(name, name)
+        x, left, right, _ = monarch_operands(shape, tokens, dtype, device, batch)
+        gy = torch.randn(*batch, tokens, shape[6], generator=torch.Generator().manual_seed(5))
+        return embed(gy.to(device, dtype)), x, left, right
+
+    return make
 
 
 def check_backward(config, gy, x, left, right, wants=((True, True),), bound=None):
@@ -111,20 +77,20 @@ def check_backward(config, gy, x, left, right, wants=((True, True),), bound=None
 
 
 @pytest.mark.parametrize(("path", "name"), [(p, n) for p in BACKWARD for n in SHAPES if backward_serves(p, SHAPES[n])])
-def test_on_awkward_sizes(device, path, name, poisoned):
-    check_backward(BACKWARD[path], *backward_operands(name, 19, torch.float32, device))
+def test_on_awkward_sizes(device, path, name, operands, poisoned):
+    check_backward(BACKWARD[path], *operands(name, 19, torch.float32, device))
 
 
 @pytest.mark.parametrize("path", BACKWARD)
-def test_of_batches_and_token_counts(device, path, poisoned):
+def test_of_batches_and_token_counts(device, path, operands, poisoned):
     for tokens in (0, 1, 19):
-        args = backward_operands("square", tokens, torch.float32, device, (2,))
+        args = operands("square", tokens, torch.float32, device, (2,))
         check_backward(BACKWARD[path], *args, wants=((True, True), (True, False), (False, True))[: tokens + 1])
 
 
 @pytest.mark.parametrize("path", BACKWARD)
-def test_strides(device, path):
-    gy, x, left, right = backward_operands("square", 5, torch.float32, device, (2,))
+def test_strides(device, path, operands):
+    gy, x, left, right = operands("square", 5, torch.float32, device, (2,))
     left, right = left.mT.contiguous().mT, right.movedim(0, 2).contiguous().movedim(2, 0)
     check_backward(BACKWARD[path], gy[:, :1, :1].expand_as(gy), x[:1, :, :1].expand_as(x), left, right)
     check_backward(BACKWARD[path], gy[:1].expand_as(gy), x[:, :1].expand_as(x), left, right)
@@ -132,51 +98,41 @@ def test_strides(device, path):
 
 
 @pytest.mark.parametrize("path", BACKWARD)
-def test_in_half_precision(device, path, poisoned):
+def test_in_half_precision(device, path, operands, poisoned):
     for dtype in HALF:
-        args = backward_operands("prime" if path == "resident" else "rectangular", 19, dtype, device)
+        args = operands("rectangular", 19, dtype, device)
         check_backward(BACKWARD[path], *args)
-        if path in ("resident", "strided"):
+        if path == "strided":
             check_backward(BACKWARD[path] | {"HOLD": True, "SPREAD": False}, *args)
             if device == "cuda":  # the interpreter never holds
                 check_backward(BACKWARD[path] | {"HOLD": True}, *args)
 
 
-def test_ranges_of_tokens_are_added(device, poisoned):
+def test_ranges_of_tokens_are_added(device, operands, poisoned):
     """However many programs share the tokens, each of which takes every so many-th tile."""
-    args = backward_operands("square", 67, torch.float32, device)
-    for path, share in (("general", "programs"), ("strided", "CTAS"), ("resident", "CTAS")):
+    args = operands("square", 67, torch.float32, device)
+    for path, share in (("general", "programs"), ("strided", "CTAS")):
         for count in (1, 1000):
             check_backward(BACKWARD[path] | {share: count, "right": RIGHT | {"programs": count}}, *args)
 
 
-@pytest.mark.parametrize("path", ["strided", "general"])
-def test_with_kept_hidden_entries(device, path, poisoned):
-    gy, x, left, right = backward_operands("rectangular", 35, torch.float32, device, (2,))
-    h = launch.hidden(x, right, 3, 4, HIDDEN | {"TT": 32})
-    expected = reference.monarch_backward(gy.double(), x.double(), left.double(), right.double())
-    got = launch_backward.backward(gy, x, left, right, 11, True, True, BACKWARD[path], h)
-    for g, e in zip(got, expected, strict=True):
-        close(g, e)
-
-
-def test_rule(device, monkeypatch, poisoned):
-    monkeypatch.setattr(launch_backward, "lookup", lambda *_: None)
+def test_rule(device, monkeypatch, operands, poisoned):
+    monkeypatch.setattr(rules, "lookup", lambda *_: None)
     seen = set()
     for name, dtype in (("sixteens", torch.float16), ("rectangular", torch.float16), ("prime", torch.float32)):
-        gy, x, left, right = backward_operands(name, 19, dtype, device)
-        config = launch_backward.choose_backward(left, right, 19)
+        gy, x, left, right = operands(name, 19, dtype, device)
+        config = rules.choose_backward(rules.Factors(*left.shape[1:], *right.shape[1:]), 19, dtype, x.device)
         seen.add(config["path"])
         check_backward(config, gy, x, left, right)
-    assert seen == {"resident", "general"}
-    monkeypatch.setattr(launch_backward, "lookup", lambda *_: RESIDENT)
-    assert launch_backward.choose_backward(left, right, 19) == RESIDENT
+    assert seen == {"strided", "general"}
+    monkeypatch.setattr(rules, "lookup", lambda *_: STRIDED)
+    assert rules.choose_backward(rules.Factors(4, 4, 4, 4, 4, 4), 19, torch.float16, x.device) == STRIDED
 
 
 @pytest.mark.parametrize("path", BACKWARD)
-def test_error_is_that_of_a_dense_product(device, path):
+def test_error_is_that_of_a_dense_product(device, path, operands):
     for dtype in HALF if device == "cuda" else HALF[:1]:
-        gy, x, left, right = backward_operands((16, 16, 16, 16, 16, 16, 256, 256), 32, dtype, device)
+        gy, x, left, right = operands((16, 16, 16, 16, 16, 16, 256, 256), 32, dtype, device)
         product = gy.double().mT @ x.double()
         dense = ((gy.mT @ x).double() - product).norm() / product.norm()
         check_backward(BACKWARD[path], gy, x, left, right, bound=1.5 * dense)

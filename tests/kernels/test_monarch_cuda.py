@@ -51,33 +51,10 @@ def close(got, expected, bound=None, name=""):
     assert error <= (BOUND[got.dtype] if bound is None else bound), f"{name}: {error}"
 
 
-def check_everywhere(step):
-    """The same bits again, on another stream, and from a graph's replays."""
-    expected = [t.clone() for t in step()]
-    for got in (step(), step()):
-        assert all(torch.equal(a, b) for a, b in zip(expected, got, strict=True))
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        elsewhere = step()
-    torch.cuda.current_stream().wait_stream(stream)
-    assert all(torch.equal(a, b) for a, b in zip(expected, elsewhere, strict=True))
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        captured = step()
-    for _ in range(2):
-        for t in captured:
-            t.detach().fill_(float("nan"))
-        graph.replay()
-        torch.cuda.synchronize()
-        assert all(torch.equal(a, b) for a, b in zip(expected, captured, strict=True))
-    return expected
-
-
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 @pytest.mark.parametrize("tokens", [3, 1999])
 @pytest.mark.parametrize("name", SHAPES)
-def test_graphs_streams_and_equal_bits(name, tokens, dtype):
+def test_graphs_streams_and_equal_bits(name, tokens, dtype, same_bits_everywhere):
     shape = SHAPES[name]
     tensors = [t.requires_grad_() for t in operands(shape, tokens, dtype, (2,) if tokens == 3 else ())]
 
@@ -89,14 +66,14 @@ def test_graphs_streams_and_equal_bits(name, tokens, dtype):
         x = monarch_transposed(y, *tensors[1:3], shape[7], backend="triton")
         return [x.detach(), *torch.autograd.grad(x.sum(), [y, *tensors[1:3]])]
 
-    y = check_everywhere(product)[0].requires_grad_()
-    check_everywhere(transposed)
+    y = same_bits_everywhere(product)[0].requires_grad_()
+    same_bits_everywhere(transposed)
 
 
 @pytest.mark.parametrize("path", PATHS)
-def test_graphs_of_every_path(path):
+def test_graphs_of_every_path(path, same_bits_everywhere):
     x, left, right, bias = (t[None] for t in operands(SHAPES["small blocks"], 1999, torch.bfloat16))
-    (y,) = check_everywhere(lambda: [launch.forward(x, left, right, bias, 256, "gelu", PATHS[path])])
+    (y,) = same_bits_everywhere(lambda: [launch.forward(x, left, right, bias, 256, "gelu", PATHS[path])])
     expected = reference.monarch(*(t.double() for t in (x, left, right)), 256, bias.double(), "gelu")
     close(y, expected)
 

@@ -20,7 +20,7 @@ def _product(x: Tensor, blocks: Tensor) -> Tensor:
     if _backend.runs_kernels(x):
         from structmat_kernels.block_diagonal import kernel
 
-        with torch.autocast(x.device.type, enabled=False):
+        with _backend.launching(x):
             return kernel.product(x, blocks, blocks.shape[1] * blocks.shape[2])
     return _plain(x, blocks).contiguous()
 
@@ -36,7 +36,7 @@ def _backward(grad: Tensor, x: Tensor, blocks: Tensor, needs: list[bool]) -> lis
     if _backend.runs_kernels(x):
         from structmat_kernels.block_diagonal import kernel
 
-        with torch.autocast(x.device.type, enabled=False):
+        with _backend.launching(x):
             gx = kernel.product(grad, blocks.mT, x.shape[2]) if needs[0] else gx
             gblocks = kernel.weights(grad, x, blocks) if needs[1] else gblocks
     else:

@@ -1,7 +1,5 @@
 """Launchers of the block-sparse kernels: tile sizes, grids, strides, scratch memory."""
 
-# pyright: reportCallIssue=false
-# (Launch options such as num_warps are not parameters of the kernels.)
 from __future__ import annotations
 
 import torch
@@ -10,6 +8,7 @@ from torch import Tensor
 from structmat_kernels import backend
 from structmat_kernels.block_sparse import kernel
 from structmat_kernels.block_sparse.layout import Tables, split_table
+from structmat_kernels.launches import launch
 from structmat_kernels.sizes import cdiv, pad, power
 from structmat_kernels.tuning import Config, lookup
 
@@ -26,10 +25,11 @@ def product_config(tokens: int, height: int, width: int, dtype: torch.dtype, eve
     if dtype == torch.float32 or not even:  # masks take registers: 256 tokens would spill
         bk = min(pad(width), 32 if dtype == torch.float32 else 64)
         return {"block_t": 128, "block_k": bk, "num_warps": 8 if bn == 128 else 4, "num_stages": 3}
-    # Two programs a processor at 64 and four at 32 hide each other's first loads and last stores; at 128 one of 147 KB.
-    stages = 2 if bn == 64 else 3
-    warps = 8 if bn >= 64 else 4
-    return {"block_t": 256, "block_k": min(pad(width), 64), "num_warps": warps, "num_stages": stages}
+    # Several programs a processor hide each other's first loads and last stores.
+    if bn >= 64:
+        tile = {"block_t": 128, "block_k": min(pad(width), 64), "num_warps": 4, "num_stages": 3}
+        return tile | {"parts": 4, "ahead": 16}
+    return {"block_t": 256, "block_k": min(pad(width), 64), "num_warps": 4, "num_stages": 3}
 
 
 def sampled_config(tokens: int, height: int, width: int, dtype: torch.dtype, programs: int) -> Config:
@@ -57,7 +57,8 @@ def _packed(values: Tensor, tables: Tables, qo: int, qi: int) -> Tensor:
     values = values.contiguous()
     packed = values.new_empty(groups, tables.columns.shape[0], qo * bo, qi * bi)
     grid = (tables.members.shape[0], groups)
-    kernel.pack[grid](values, packed, tables.members, nnz, bo, bi, qo, qi, power(bo * bi), num_warps=4)
+    sizes = {"BO": bo, "BI": bi, "QO": qo, "QI": qi, "SIZE": power(bo * bi)}
+    launch(kernel.pack, grid, (values, packed, tables.members), (nnz,), **sizes, num_warps=4)
     return packed
 
 
@@ -89,7 +90,7 @@ def product(
     grid = (-(-m // bo), -(-n // bi))
     fine, coarse = split_table(table, grid, nnz, (qo, qi))
     rank = u.shape[-1]
-    with torch.cuda.device_of(x):
+    with backend.launching(x):
         x = _rows(x)
         tables = fine
         if qo * qi > 1:
@@ -97,7 +98,7 @@ def product(
             bo, bi, grid = bo * qo, bi * qi, (-(-grid[0] // qo), -(-grid[1] // qi))
         height, width = (bi, bo) if transposed else (bo, bi)
         sizes = (n_out, n_in, height, width, rank, int(transposed))
-        chosen = config or lookup("block_sparse", x, sizes, tokens)
+        chosen = config or lookup("block_sparse", x.device, x.dtype, sizes, tokens)
         rows, columns = grid[::-1] if transposed else grid
         bn = pad(height)
         even = height == bn and width == pad(width) and columns * width == n_in
@@ -122,10 +123,11 @@ def product(
         t = x if middle is None else middle.contiguous()
         offsets = tables.column_offsets if transposed else tables.row_offsets
         index = tables.csc_rows if transposed else tables.columns
-        kernel.product[(groups * tiles * rows + parts * (tiles + ahead),)](
-            x, values, t, outer, inner, partial, counters, bias, gamma, y, offsets, index, tables.csc_positions,
-            scale, tokens, n_in, n_out, rows, tiles, x.stride(0), x.stride(1), values.stride(0), t.stride(0),
-            outer.stride(0), bias.stride(0), gamma.stride(0),
+        launch(
+            kernel.product, (groups * tiles * rows + parts * (tiles + ahead),),
+            (x, values, t, outer, inner, partial, counters, bias, gamma, y, offsets, index, tables.csc_positions),
+            (scale, tokens, n_in, n_out, rows, tiles, x.stride(0), x.stride(1), values.stride(0), t.stride(0),
+             outer.stride(0), bias.stride(0), gamma.stride(0)),
             WIDTH=width, HEIGHT=height, RANK=rank, BIAS=bias.shape[-1] > 0, GAMMA=gamma.shape[-1] > 0,
             TRANSPOSED=transposed, EVEN=even and width % bk == 0,
             BT=chosen["block_t"], BN=bn, BK=bk, BR=br, PARTS=parts, AHEAD=ahead, STAGES=chosen["num_stages"],
@@ -160,10 +162,10 @@ def sampled(
     fine, coarse = split_table(table, grid, nnz, (qo, qi))
     tables = coarse if qo * qi > 1 else fine
     height, width, rows, columns = bo * qo, bi * qi, -(-grid[0] // qo), -(-grid[1] // qi)
-    with torch.cuda.device_of(left):
+    with backend.launching(left):
         left, right = _rows(left), _rows(right)
         blocks = tables.columns.shape[0]
-        chosen = config or lookup("block_sparse_values", left, (m, n, height, width), tokens)
+        chosen = config or lookup("block_sparse_values", left.device, left.dtype, (m, n, height, width), tokens)
         chosen = chosen or sampled_config(tokens, height, width, left.dtype, blocks * groups)
         pack, bk = chosen["pack"], chosen["block_k"]
         span = cdiv(cdiv(tokens, chosen["splits"]), bk) * bk
@@ -171,10 +173,11 @@ def sampled(
         out = left.new_empty(splits, groups, nnz, bo, bi, dtype=dtype if splits == 1 else torch.float32)
         po, pi = pad(height), pad(width)
         # Rows hold different numbers of blocks: the longest sets the grid, and programs past a row's end leave at once.
-        kernel.sampled[(rows * splits * groups, cdiv(longest, pack))](
-            left, right, out, tables.row_offsets, tables.columns, tables.members, gamma, scale,
-            tokens, m, n, nnz, rows, splits, span, left.stride(0), left.stride(1), right.stride(0), right.stride(1),
-            gamma.stride(0),
+        launch(
+            kernel.sampled, (rows * splits * groups, cdiv(longest, pack)),
+            (left, right, out, tables.row_offsets, tables.columns, tables.members, gamma),
+            (scale, tokens, m, n, nnz, rows, splits, span, left.stride(0), left.stride(1), right.stride(0),
+             right.stride(1), gamma.stride(0)),
             HEIGHT=height, WIDTH=width, QO=qo, QI=qi, GAMMA=gamma.shape[-1] > 0,
             EVEN=height == po and width == pi and rows * height == m and columns * width == n,
             PACK=pack, BO=po, BI=pi, BK=bk, SWAP=po >= 64, STAGES=chosen["num_stages"],

@@ -19,7 +19,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from structmat_kernels.backend import INTERPRETED
+from structmat_kernels.backend import INTERPRETED, launching
+from structmat_kernels.launches import launch, processors, shared_memory
 
 LARGEST = 32768
 
@@ -120,23 +121,18 @@ def hadamard(x: Tensor, scale: float, config: dict[str, int] | None = None) -> T
         return y
     if x.stride(1) != 1:
         x = x.contiguous()
-    device = torch.cuda.get_device_properties(x.device) if x.is_cuda else None
-    large = device is None or device.shared_memory_per_block_optin > 200_000
-    c = config or _config(rows, n, x.dtype, large)
-    with torch.cuda.device_of(x):
+    c = config or _config(rows, n, x.dtype, shared_memory(x.device) > 200_000)
+    with launching(x):
         if "A" in c:
-            walkers = min(rows, (device.multi_processor_count if device else 2) * c["CTAS"])
-            _products[(walkers,)](
-                x, y, rows, x.stride(0), float(scale), walkers, A=c["A"], B=n // c["A"], STAGES=c["STAGES"],
-                UPCAST=INTERPRETED, num_warps=c["num_warps"],
-            )  # fmt: skip
+            walkers = min(rows, processors(x.device) * c["CTAS"])
+            more = {"A": c["A"], "B": n // c["A"], "STAGES": c["STAGES"], "UPCAST": INTERPRETED}
+            sizes = (rows, x.stride(0), float(scale), walkers)
+            launch(_products, (walkers,), (x, y), sizes, **more, num_warps=c["num_warps"])
             return y
         parts = n // c["part"]
         grid = (-(-rows // c["rows"]) * parts,)
-        _hadamard[grid](
-            x, y, rows, x.stride(0), float(scale),
-            ROWS=c["rows"], PART=c["part"], LEVELS=c["part"].bit_length() - 1, PARTS=parts, num_warps=c["num_warps"],
-        )  # fmt: skip
+        tiles = {"ROWS": c["rows"], "PART": c["part"], "LEVELS": c["part"].bit_length() - 1, "PARTS": parts}
+        launch(_hadamard, grid, (x, y), (rows, x.stride(0), float(scale)), **tiles, num_warps=c["num_warps"])
     return y
 
 

@@ -9,6 +9,7 @@ from torch import Tensor
 from structmat_kernels import backend, tuning
 from structmat_kernels.kronecker_sparse import product as _product
 from structmat_kernels.kronecker_sparse import weights as _weights
+from structmat_kernels.launches import launch
 from structmat_kernels.sizes import cdiv, power
 from structmat_kernels.tuning import Config
 
@@ -109,28 +110,28 @@ def product(x: Tensor, blocks: Tensor, m: int, config: Config | None = None, op:
         return y
     if x.stride(2) != 1:
         x = x.contiguous()
-    c = config or tuning.lookup(op, x, (a, d, q, p), tokens) or _config(tokens, a, d, q, p, x.dtype)
+    c = config or tuning.lookup(op, x.device, x.dtype, (a, d, q, p), tokens) or _config(tokens, a, d, q, p, x.dtype)
     if c["kind"] == "lanes" and q * p > 4:  # D fastest, for wide loads: a copy of the blocks, which are small here
         blocks = blocks.permute(0, 1, 3, 4, 2).contiguous().permute(0, 1, 4, 2, 3)
     sizes = (x.stride(0), x.stride(1), *blocks.stride())
     dots = {"PRECISION": backend.dot_precision(x.dtype), "UPCAST": backend.INTERPRETED and x.dtype != torch.float32}
-    launch = {k: c[k] for k in ("num_warps", "num_stages") if k in c}
-    with torch.cuda.device_of(x):
+    options = {k: c[k] for k in ("num_warps", "num_stages") if k in c} | {"P": p, "Q": q}
+    with backend.launching(x):
         if c["kind"] == "lanes":
             grid = (a * cdiv(d, c["BD"]) * cdiv(tokens, c["BT"]), G)
-            _product.lanes[grid](x, blocks, y, tokens, m, a, d, *sizes, P=p, Q=q, BT=c["BT"], BD=c["BD"], **launch)
+            sizes = (tokens, m, a, d, *sizes)
+            launch(_product.lanes, grid, (x, blocks, y), sizes, BT=c["BT"], BD=c["BD"], **options)
             return y
         dots |= {k: c[k] for k in ("BT", "BK", "BN", "SD")}
         if c["kind"] == "tile":
             cols = cdiv(a, c["SA"]) * cdiv(d, c["SD"]) * cdiv(c["SA"] * q * c["SD"], c["BN"])
             grid = (cols * cdiv(tokens, c["BT"] * c["steps"]), G)
-            _product.tile[grid](
-                x, blocks, y, tokens, n, m, a, d, c["steps"], *sizes,
-                P=p, Q=q, SA=c["SA"], WHOLE=c["SD"] == d, **dots, **launch,
-            )  # fmt: skip
+            sizes = (tokens, n, m, a, d, c["steps"], *sizes)
+            dots |= {"SA": c["SA"], "WHOLE": c["SD"] == d}
+            launch(_product.tile, grid, (x, blocks, y), sizes, **dots, **options)
         else:
             grid = (a * cdiv(d, c["SD"]) * cdiv(q, c["BN"]) * cdiv(tokens, c["BT"]), G)
-            _product.batched[grid](x, blocks, y, tokens, n, m, a, d, *sizes, P=p, Q=q, **dots, **launch)
+            launch(_product.batched, grid, (x, blocks, y), (tokens, n, m, a, d, *sizes), **dots, **options)
     return y
 
 
@@ -143,19 +144,19 @@ def weights(grad: Tensor, x: Tensor, blocks: Tensor, config: Config | None = Non
         return torch.zeros(blocks.shape, dtype=x.dtype, device=x.device)
     x = x if x.stride(2) == 1 else x.contiguous()
     grad = grad if grad.stride(2) == 1 else grad.contiguous()
-    found = tuning.lookup(f"{op or 'kronecker_sparse'}_weights", x, (a, d, q, p), tokens)
+    found = tuning.lookup(f"{op or 'kronecker_sparse'}_weights", x.device, x.dtype, (a, d, q, p), tokens)
     c = config or found or weights_config(tokens, a, d, q, p, x.dtype)
     splits, steps = c["splits"], c["steps"]
     dtype = x.dtype if splits == 1 else torch.float32
     out = torch.empty((splits, G, a, d, q, p), dtype=dtype, device=x.device)
     strides = (grad.stride(0), grad.stride(1), x.stride(0), x.stride(1))
     dots = {"PRECISION": backend.dot_precision(x.dtype), "UPCAST": backend.INTERPRETED and x.dtype != torch.float32}
-    launch = {k: c[k] for k in ("num_warps", "num_stages") if k in c}
-    with torch.cuda.device_of(x):
+    options = {k: c[k] for k in ("num_warps", "num_stages") if k in c} | {"P": p, "Q": q}
+    with backend.launching(x):
         if c["kind"] == "lanes":
             grid = (a * cdiv(d, c["BD"]) * splits, G)
-            tiles = {"BT": c["BT"], "BD": c["BD"]}
-            _weights.lanes[grid](grad, x, out, tokens, a, d, steps, *strides, P=p, Q=q, **tiles, **launch)
+            sizes = (tokens, a, d, steps, *strides)
+            launch(_weights.lanes, grid, (grad, x, out), sizes, BT=c["BT"], BD=c["BD"], **options)
         else:
             dots |= {k: c[k] for k in ("BT", "BK", "BN", "SD")}
             sa = c.get("SA", 1)
@@ -163,9 +164,8 @@ def weights(grad: Tensor, x: Tensor, blocks: Tensor, config: Config | None = Non
             cols = cdiv(a, sa) * cdiv(d, c["SD"]) * cdiv(sa * q * wide, c["BN"]) * cdiv(sa * p * wide, c["BK"])
             kernel = _weights.tile if c["kind"] == "tile" else _weights.batched
             dots |= {"SA": sa, "WHOLE": c["SD"] == d} if c["kind"] == "tile" else {}
-            kernel[(cols * splits, G)](
-                grad, x, out, tokens, n, m, a, d, steps, *strides, P=p, Q=q, **dots, **launch
-            )  # fmt: skip
+            sizes = (tokens, n, m, a, d, steps, *strides)
+            launch(kernel, (cols * splits, G), (grad, x, out), sizes, **dots, **options)
     return out[0] if splits == 1 else out.sum(0, dtype=torch.float32).to(x.dtype)
 
 

@@ -79,7 +79,7 @@ def interleave(
 def left_backward(
     gyj, left, h, gh, partial, T, tiles, walkers, batches,
     L: tl.constexpr, S: tl.constexpr, R: tl.constexpr, TT: tl.constexpr, BS: tl.constexpr, BR: tl.constexpr,
-    STAGES: tl.constexpr, WANT_H: tl.constexpr, WANT_W: tl.constexpr, PREC: tl.constexpr, UPCAST: tl.constexpr,
+    STAGES: tl.constexpr, WANT_W: tl.constexpr, PREC: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
     """Of left block j over every ``walkers``-th tile: ``gh = left^T gy`` and the partial sum of ``gy h^T``.
 
@@ -104,9 +104,8 @@ def left_backward(
         if WANT_W:
             hs = tl.load(h + at, mask=(d < R)[:, None], other=0.0)
             acc = _dot(tl.trans(gs), tl.trans(hs), acc, PREC, UPCAST)
-        if WANT_H:
-            out = _dot(tl.trans(ls), tl.trans(gs), tl.zeros((BR, TT), tl.float32), PREC, UPCAST)
-            tl.store(gh + at, out.to(gh.dtype.element_ty), mask=(d < R)[:, None])
+        out = _dot(tl.trans(ls), tl.trans(gs), tl.zeros((BR, TT), tl.float32), PREC, UPCAST)
+        tl.store(gh + at, out.to(gh.dtype.element_ty), mask=(d < R)[:, None])
     if WANT_W:
         tl.store(
             partial + walker.to(tl.int64) * batches * L * S * R + block + u[:, None] * R + d[None, :], acc, mask=keep

@@ -1,191 +1,194 @@
-"""From tensors to kernel launches: which path, which tiles, which scratch."""
-
-# pyright: reportArgumentType=false, reportCallIssue=false
+"""The forward product from tensors to kernel launches."""
 
 from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from structmat_kernels import backend
-from structmat_kernels.monarch import backward as kb
+from structmat_kernels.launches import Launch, arithmetic, processors
 from structmat_kernels.monarch import kernel as kf
+from structmat_kernels.monarch import large
 from structmat_kernels.monarch import resident as kr
+from structmat_kernels.monarch.rules import Factors, choose
 from structmat_kernels.sizes import cdiv, pad, power
-from structmat_kernels.tuning import Config, lookup
+from structmat_kernels.tuning import Config
 
-# Blocks wider than this go to cuBLAS: its products of large blocks are nearer to the hardware's rate than ours.
-WIDEST = 128
-
-
-def rows_first(x: Tensor) -> Tensor:
-    """x with unit stride in its features (any stride in tokens and batch)."""
-    return x if x.stride(-1) == 1 or x.shape[-1] <= 1 else x.contiguous()
+#: From x, left, right, bias to y.
+Plan = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 
 
-def _meta(x: Tensor) -> dict:
-    return {"PREC": backend.dot_precision(x.dtype), "UPCAST": backend.INTERPRETED}
+class Rows(NamedTuple):
+    """Matrices of tokens as kernels address them: G of T rows, each of ``width`` adjacent entries."""
+
+    tensor: Tensor
+    G: int
+    T: int
+    width: int
+    batch_stride: int
+    token_stride: int
 
 
-def _processors(x: Tensor) -> int:
-    return torch.cuda.get_device_properties(x.device).multi_processor_count if x.is_cuda else 2
+def rows(x: Tensor, batched: bool) -> Rows:
+    """x (G, T, n), or of shape (*lead, n) as one matrix; copied only where no two strides describe it."""
+    if x.stride(-1) != 1 and x.shape[-1] > 1:
+        x = x.contiguous()
+    if batched:
+        return Rows(x, x.shape[0], x.shape[1], x.shape[2], x.stride(0), x.stride(1))
+    if x.ndim > 2:
+        if not x.is_contiguous():
+            x = x.reshape(-1, x.shape[-1])
+        elif x.shape[-1]:
+            return Rows(x, 1, x.numel() // x.shape[-1], x.shape[-1], 0, x.shape[-1])
+        else:
+            x = x.flatten(0, -2)
+    return Rows(x, 1, x.shape[0], x.shape[1], 0, x.stride(0))
 
 
-def _shared_memory(x: Tensor) -> int:
-    """Bytes that one program can have."""
-    return torch.cuda.get_device_properties(x.device).shared_memory_per_block_optin if x.is_cuda else 232_448
+class Call(NamedTuple):
+    """What the launches of a forward product depend on."""
 
-
-def _sizes(left: Tensor, right: Tensor) -> dict[str, int]:
-    return dict(zip("LSRKQP", (*left.shape[-3:], *right.shape[-3:]), strict=True))
-
-
-def choose(left: Tensor, right: Tensor, tokens: int) -> Config:
-    """The configuration of the forward product: measured where the table has the shape, by rule elsewhere.
-
-    The rules come from measurements on an H100 with blocks of 32 to 2048 (see docs/benchmarks).
-    """
-    L, S, R, K, Q, P = sizes = (*left.shape[-3:], *right.shape[-3:])
-    found = lookup("monarch", left, sizes, tokens)
-    if found:
-        return found
-    item, room, half = left.element_size(), _shared_memory(left), left.element_size() == 2
-    if max(S, R, Q, P) > WIDEST:
-        if Q % L == 0 and not (half and L <= 8 and max(S, R, Q, P) <= 512):
-            return {"path": "cublas"}
-        stages = 3 if half and room > 200_000 else 2
-        tile = {"TX": 128, "BA": 128, "right_warps": 8, "RSTAGES": stages, "TT": 64, "BU": 64, "BR": 64 if half else 32}
-        return {"path": "stages", "JB": 4, "BATCHED": False, "STAGES": stages, "num_warps": 4} | tile
-    if tokens * K * P <= 16384 or (K * P <= 2048 and tokens <= 16):
-        return {"path": "small", "TT": 1, "BI": 64, "num_warps": 8}
-    stages = {"path": "stages", "BA": 64 if Q <= 64 else 128, "TX": 64, "right_warps": 4, "BATCHED": True}
-    if tokens <= 128:
-        tile = {"JB": 4, "BU": 16} if tokens <= 16 else {"JB": 8, "BU": 32}
-        return stages | tile | {"TT": 16, "TX": 16, "BR": 64 if half else 32, "STAGES": 2, "num_warps": 4}
-    BI, BP, BU = pad(R), pad(P), pad(S)
-    for JB, warps in ((32, 16), (16, 8)):
-        direct = Q % L == 0 or (Q % JB == 0 and L % JB == 0)
-        needed = item * (JB * BI * (BP + BU) + 2 * BI * 16 * BP + JB * 16 * max(BI, BU))
-        if direct and pad(L) >= JB and needed <= room:
-            return {"path": "resident", "TT": 16, "JB": JB, "STAGES": 3, "num_warps": warps, "CTAS": 1}
-    if L >= 16 and item * 16 * (BU * BI + 2 * BI * 16 + 16 * BU) <= room:
-        return stages | {"TT": 16, "JB": 16, "BU": BU, "BR": BI, "STAGES": 3, "num_warps": 8, "CTAS": 1}
-    if L < 16:
-        return (
-            stages
-            | {"TT": 64, "JB": 16, "BU": 64, "BR": 64 if half else 32, "STAGES": 2, "num_warps": 4}
-            | {"BATCHED": False}
-        )
-    large = half and room > 200_000
-    tile = {"TT": 32, "BU": 64, "BR": 32, "STAGES": 3} if large else {"TT": 16, "BU": 32, "BR": 16, "STAGES": 2}
-    return stages | tile | {"JB": 16, "num_warps": 8}
+    device: torch.device
+    dtype: torch.dtype
+    precision: str
+    G: int
+    T: int
+    n: int
+    strides: tuple[int, ...]
+    z: Factors
+    nrows: int
+    activation: str
+    has_bias: bool
 
 
 def forward(
-    x: Tensor, left: Tensor, right: Tensor, bias: Tensor, nrows: int, activation: str, config: Config | None = None
+    x: Tensor,
+    left: Tensor,
+    right: Tensor,
+    bias: Tensor | None,
+    nrows: int,
+    activation: str,
+    config: Config | None = None,
 ) -> Tensor | None:
-    """``activation(x @ M.mT + bias)`` of canonical operands, or None where no kernel serves these sizes."""
-    G, T, n = x.shape
-    c = config or choose(left, right, T)
+    """``activation(x @ M.mT + bias)``, or None where no kernel serves these sizes.
+
+    Args:
+        x: shape (G, T, n) where left has four dimensions, else (*lead, n).
+        left: shape (G, l, s, r) or (l, s, r).
+        right: shape (G, k, q, p) or (k, q, p).
+        bias: shape (G, nrows) or (nrows,); None or without entries: none.
+        nrows: number of outputs.
+        activation: a name, or "".
+        config: path and tiles; those of ``choose`` by default.
+    """
+    lead = x.shape[:-1]
+    x, G, T, n, *strides = rows(x, left.ndim == 4)
+    z = Factors(*left.shape[-3:], *right.shape[-3:])
+    has_bias = bias is not None and bias.numel() > 0
+    precision = torch.get_float32_matmul_precision()
+    call = Call(x.device, x.dtype, precision, G, T, n, tuple(strides), z, nrows, activation, has_bias)
+    plan = _plan(call) if config is None else _build(call, config)
+    if plan is None:
+        return None
+    left, right = left.contiguous(), right.contiguous()
+    y = plan(x, left, right, bias.contiguous() if has_bias and bias is not None else x)
+    return y if y.ndim == len(lead) + 1 else y.view(*lead, nrows)
+
+
+@functools.lru_cache(1024)
+def _plan(call: Call) -> Plan | None:
+    return _build(call, choose(call.z, call.T, call.dtype, call.device))
+
+
+def _build(call: Call, c: Config) -> Plan | None:
     if c["path"] == "reference":
         return None
-    left, right, bias = left.contiguous(), right.contiguous(), bias.contiguous()
+    if call.G * call.T * call.nrows == 0:
+        return lambda x, left, right, bias: x.new_empty((*x.shape[:-1], call.nrows))
     if c["path"] == "cublas":
-        return _cublas_forward(x, left, right, bias, nrows, activation)
-    x = rows_first(x)
-    y = torch.empty((G, T, nrows), dtype=x.dtype, device=x.device)
-    if y.numel() == 0:
+        return functools.partial(large.forward, nrows=call.nrows, activation=call.activation, has_bias=call.has_bias)
+    return {"small": _small, "resident": _resident, "stages": _stages}[c["path"]](call, c)
+
+
+def _epilogue(call: Call) -> dict:
+    return {"ACT": call.activation, "HAS_BIAS": call.has_bias}
+
+
+def _output(call: Call, x: Tensor) -> Tensor:
+    return torch.empty((*x.shape[:-1], call.nrows), dtype=x.dtype, device=x.device)
+
+
+def _small(call: Call, c: Config) -> Plan:
+    z = call.z
+    tiles = {"TT": c["TT"], "BI": min(c["BI"], pad(z.R)), "BR": pad(z.R), "BP": pad(z.P), "BU": pad(z.S)}
+    run = Launch(
+        kf.small, (z.L, cdiv(call.T, c["TT"]), call.G), (call.T, call.n, call.nrows, *call.strides),
+        **z._asdict(), **tiles, **_epilogue(call), num_warps=c["num_warps"],
+    )  # fmt: skip
+
+    def plan(x: Tensor, left: Tensor, right: Tensor, bias: Tensor) -> Tensor:
+        y = _output(call, x)
+        run(x, left, right, bias, y)
         return y
-    z = _sizes(left, right)
-    L, S, R, _, _, P = z.values()
-    epilogue = {"ACT": activation, "HAS_BIAS": bias.numel() > 0}
-    strides = (x.stride(0), x.stride(1))
-    warps = {"num_warps": c["num_warps"]}
-    if c["path"] == "small":
-        BI = min(c["BI"], pad(R))
-        grid = (L, cdiv(T, c["TT"]), G)
-        tiles = {"TT": c["TT"], "BI": BI, "BR": pad(R), "BP": pad(P), "BU": pad(S)}
-        kf.small[grid](x, left, right, bias, y, T, n, nrows, *strides, **z, **tiles, **epilogue, **warps)
+
+    return plan
+
+
+def _resident(call: Call, c: Config) -> Plan:
+    z, T = call.z, call.T
+    JB = min(c["JB"], pad(z.L))
+    groups, tiles = cdiv(z.L, JB), cdiv(T, c["TT"])
+    walkers = min(tiles, cdiv(processors(call.device) * c["CTAS"], groups * call.G))
+    run = Launch(
+        kr.resident, (groups * walkers, call.G), (T, call.n, call.nrows, tiles, walkers, *call.strides), **z._asdict(),
+        TT=c["TT"], JB=JB, BI=pad(z.R), BP=pad(z.P), BU=pad(z.S), STAGES=c["STAGES"], **_epilogue(call),
+        **arithmetic(call.dtype), num_warps=c["num_warps"],
+    )  # fmt: skip
+
+    def plan(x: Tensor, left: Tensor, right: Tensor, bias: Tensor) -> Tensor:
+        y = _output(call, x)
+        run(x, left, right, bias, y)
         return y
-    if c["path"] == "resident":
-        JB = min(c["JB"], pad(L))
-        groups, tiles = cdiv(L, JB), cdiv(T, c["TT"])
-        walkers = min(tiles, cdiv(_processors(x) * c["CTAS"], groups * G))
-        shape = {"TT": c["TT"], "JB": JB, "BI": pad(R), "BP": pad(P), "BU": pad(S)}
-        args = (x, left, right, bias, y, T, n, nrows, tiles, walkers, *strides)
-        kr.resident[(groups * walkers, G)](*args, **z, **shape, STAGES=c["STAGES"], **epilogue, **_meta(x), **warps)
-        return y
-    TT, JB, BU = c["TT"], min(c["JB"], power(L)), min(c["BU"], pad(S))
-    shared = {"TT": TT, "JB": JB, "BU": BU, "BR": min(c["BR"], pad(R))}
-    shared |= {"BATCHED": c["BATCHED"], "STAGES": c["STAGES"]} | epilogue | _meta(x) | warps
-    h = hidden(x, right, L, R, c)
-    tiles = cdiv(T, TT)
+
+    return plan
+
+
+def _stages(call: Call, c: Config) -> Plan:
+    z, T, G = call.z, call.T, call.G
+    TT, JB, BU, BR = c["TT"], min(c["JB"], power(z.L)), min(c["BU"], pad(z.S)), min(c["BR"], pad(z.R))
+    tiles, parts = cdiv(T, TT), cdiv(z.L, JB) * cdiv(z.S, BU)
+    shape, first = hidden(call, c)
+    shared = {"L": z.L, "S": z.S, "R": z.R, "TT": TT, "JB": JB, "BU": BU, "STAGES": c["STAGES"], **_epilogue(call)}
+    shared |= arithmetic(call.dtype) | {"num_warps": c["num_warps"]}
     if "CTAS" in c:
-        parts = cdiv(L, JB) * cdiv(S, BU)
-        walkers = min(tiles, cdiv(_processors(x) * c["CTAS"], parts * G))
-        shape = {"L": L, "S": S, "R": R, "TT": TT, "JB": JB, "BU": BU, "BR": pad(R), "STAGES": c["STAGES"]}
-        args = (h, left, bias, y, T, nrows, tiles, walkers)
-        kr.resident_left[(parts * walkers, G)](*args, **shape, **epilogue, **_meta(x), **warps)
+        walkers = min(tiles, cdiv(processors(call.device) * c["CTAS"], parts * G))
+        sizes = (T, call.nrows, tiles, walkers)
+        second = Launch(kr.resident_left, (parts * walkers, G), sizes, BR=pad(z.R), **shared)
+    else:
+        sizes = (T, call.nrows, tiles)
+        second = Launch(kf.left_stage, (tiles * parts, G), sizes, BR=BR, BATCHED=c["BATCHED"], **shared)
+
+    def plan(x: Tensor, left: Tensor, right: Tensor, bias: Tensor) -> Tensor:
+        h = torch.empty(shape, dtype=x.dtype, device=x.device)
+        y = _output(call, x)
+        first(x, right, h)
+        second(h, left, bias, y)
         return y
-    grid = (tiles * cdiv(L, JB) * cdiv(S, BU), G)
-    kf.left_stage[grid](h, left, bias, y, T, nrows, tiles, L=L, S=S, R=R, **shared)
-    return y
+
+    return plan
 
 
-def hidden(x: Tensor, right: Tensor, L: int, R: int, c: Config) -> Tensor:
-    """``right x`` in the hidden layout (G, token tiles, l, r, TT)."""
-    G, T, n = x.shape
-    K, Q, P = right.shape[-3:]
-    TT, TX, BA = c["TT"], c.get("TX", c["TT"]), min(c["BA"], pad(Q))
+def hidden(call: Call, c: Config) -> tuple[tuple[int, ...], Launch]:
+    """The shape (G, token tiles, l, r, TT) of ``right x`` and the launch (x, right, h) that computes it."""
+    z, T = call.z, call.T
+    TT, TX, BA = c["TT"], max(c.get("TX", 0), c["TT"]), min(c["BA"], pad(z.Q))
     tiles = cdiv(T, TT)
-    h = torch.empty((G, tiles, L, R, TT), dtype=x.dtype, device=x.device)
-    grid = (cdiv(T, TX) * K * cdiv(Q, BA), G)
-    shape = {"L": L, "R": R, "K": K, "Q": Q, "P": P, "TT": TT, "TX": TX, "BA": BA, "BP": min(64, pad(P))}
-    shape |= {"STAGES": c.get("RSTAGES", 2)}
-    args = (x, right, h, T, n, tiles, x.stride(0), x.stride(1))
-    kf.right_stage[grid](*args, **shape, **_meta(x), num_warps=c.get("right_warps", 4))
-    return h
-
-
-def interleave(z: Tensor, bias: Tensor, nrows: int, activation: str) -> Tensor:
-    """``activation(y + bias)`` of the outputs (G, l, T, s)."""
-    G, L, T, S = z.shape
-    y = torch.empty((G, T, nrows), dtype=z.dtype, device=z.device)
-    tile = {"TT": 16, "JB": min(16, power(L)), "BU": min(64, pad(S))}
-    grid = (cdiv(T, 16) * cdiv(L, tile["JB"]) * cdiv(S, tile["BU"]), G)
-    more = {"ACT": activation, "HAS_BIAS": bias.numel() > 0}
-    kb.interleave[grid](z, bias, y, T, nrows, L=L, S=S, **tile, **more, num_warps=4)
-    return y
-
-
-# ---------------------------------------------------------------- large blocks: cuBLAS between folded permutations
-# With q = c l, rows j, l + j, ... of a right block are a strided view of it: products that write each left block's
-# hidden entries contiguously need no permutation of data. Only the outputs are interleaved by a kernel.
-
-
-def _blocks(x: Tensor, K: int, P: int) -> Tensor:
-    """One batch entry (T, n) as (k, T, p)."""
-    n = x.shape[1]
-    if n < K * P:
-        x = torch.nn.functional.pad(x, (0, K * P - n))
-    return x.unflatten(1, (K, P)).transpose(0, 1)
-
-
-def _cublas_hidden(xk: Tensor, right: Tensor, L: int) -> Tensor:
-    """(l, T, k, c) hidden entries of one batch entry."""
-    K, Q, _ = right.shape
-    by_left = right.unflatten(1, (Q // L, L))  # (k, c, l, p)
-    h = torch.empty((L, xk.shape[1], K, Q // L), dtype=xk.dtype, device=xk.device)
-    for j in range(L):
-        torch.bmm(xk, by_left[:, :, j].mT, out=h[j].transpose(0, 1))
-    return h
-
-
-def _cublas_forward(x: Tensor, left: Tensor, right: Tensor, bias: Tensor, nrows: int, activation: str) -> Tensor:
-    G, T, _ = x.shape
-    L, S, _, K, _, P = _sizes(left, right).values()
-    out = torch.empty((G, L, T, S), dtype=x.dtype, device=x.device)
-    for g in range(G):
-        h = _cublas_hidden(_blocks(rows_first(x[g]), K, P), right[g], L)
-        torch.bmm(h.flatten(2), left[g].mT, out=out[g])
-    return interleave(out, bias, nrows, activation) if out.numel() else x.new_empty((G, T, nrows))
+    run = Launch(
+        kf.right_stage, (cdiv(T, TX) * z.K * cdiv(z.Q, BA), call.G), (T, call.n, tiles, *call.strides), L=z.L, R=z.R,
+        K=z.K, Q=z.Q, P=z.P, TT=TT, TX=TX, BA=BA, BP=min(64, pad(z.P)), STAGES=c.get("RSTAGES", 2),
+        **arithmetic(call.dtype), num_warps=c.get("right_warps", 4),
+    )  # fmt: skip
+    return (call.G, tiles, z.L, z.R, TT), run

@@ -1,83 +1,37 @@
-"""Launches of the backward kernels: which path, which tiles, which scratch."""
-
-# pyright: reportArgumentType=false, reportCallIssue=false
+"""The gradients of the Monarch product from tensors to kernel launches."""
 
 from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from structmat_kernels import backend
+from structmat_kernels.launches import Launch, arithmetic, processors
 from structmat_kernels.monarch import backward as kb
-from structmat_kernels.monarch import resident_backward as kr
-from structmat_kernels.monarch.launch import (
-    WIDEST,
-    _blocks,
-    _cublas_hidden,
-    _meta,
-    _processors,
-    _sizes,
-    hidden,
-    rows_first,
-)
-from structmat_kernels.sizes import cdiv, pad, power
-from structmat_kernels.tuning import Config, lookup
+from structmat_kernels.monarch import large
+from structmat_kernels.monarch import strided as ks
+from structmat_kernels.monarch.large import Gradients
+from structmat_kernels.monarch.launch import Call, hidden, rows
+from structmat_kernels.monarch.rules import WIDEST, Factors, choose_backward
+from structmat_kernels.sizes import cdiv, pad
+from structmat_kernels.tuning import Config
 
-Gradients = tuple[Tensor | None, Tensor | None, Tensor | None]
+#: From gy, x, left, right, gx, gleft, gright to nothing: the last three are filled.
+Plan = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor], None]
 
 
-# Bytes of shared memory that the resident kernel takes with 32 blocks of 32x32, its largest.
-RESIDENT = 224 << 10
+class BackwardCall(NamedTuple):
+    """What the launches of a backward pass depend on; ``call`` is that of the forward product of x."""
 
-
-def _shared_memory(x: Tensor) -> int:
-    return torch.cuda.get_device_properties(x.device).shared_memory_per_block_optin if x.is_cuda else RESIDENT
-
-
-def _fits_resident(z: dict[str, int]) -> bool:
-    """Whether a part of q left blocks fits: its sums registers, factors and tiles (of 16 tokens) shared memory."""
-    if z["L"] % z["Q"] or 2 * z["Q"] < pad(z["Q"]):
-        return False
-    S, R, Q, P = (pad(z[name]) for name in "SRQP")
-    tiles = 16 * (R * P + S * Q + max(S * Q, R * Q, R * P))
-    return Q * R * max(S, P) <= 32768 and 2 * (Q * R * (S + P) + tiles) <= RESIDENT
-
-
-def choose_backward(left: Tensor, right: Tensor, tokens: int) -> Config:
-    """The configuration of the gradients: measured where the table has the shape, by rule elsewhere.
-
-    Paths: "resident" (one kernel; q divides l, small blocks), "strided" (the left kernel reads gy as it lies; not
-    faster than "general" on an H100), "general".
-    """
-    z = _sizes(left, right)
-    found = lookup("monarch_backward", left, tuple(z.values()), tokens)
-    if found:
-        return found
-    half = left.element_size() == 2
-    way = {"HOLD": True, "SPREAD": True}
-    if half and _fits_resident(z) and _shared_memory(left) >= RESIDENT:
-        return {"path": "resident", "TT": 16, "STAGES": 2, "num_warps": 16, "CTAS": 1, "SHARE": 0.4} | way
-    wide = max(z["S"], z["R"], z["Q"], z["P"]) > 64
-    stages = {"TX": 64, "STAGES": 3 if half else 1, "num_warps": 8 if wide else 4, "programs": 256}
-    first = {"TX": 64, "BA": 64, "RSTAGES": 2, "right_warps": 4}
-    c = {"path": "general", "TT": 64} | {k: stages[k] for k in ("STAGES", "num_warps", "programs")}
-    return c | {"hidden": first, "right": stages}
-
-
-def _split(tiles: int, programs: int, target: int) -> int:
-    """Programs for each of ``programs`` pieces of work on ``tiles`` tiles, about ``target`` in all."""
-    return max(1, min(tiles, target // max(programs, 1)))
-
-
-def deinterleave(gy: Tensor, L: int, S: int) -> Tensor:
-    """The gradient of the outputs as (G, l, T, s)."""
-    G, T, nrows = gy.shape
-    gy = rows_first(gy)
-    out = torch.empty((G, L, T, S), dtype=gy.dtype, device=gy.device)
-    tile = {"TT": 16, "JB": min(16, power(L)), "BU": min(64, pad(S))}
-    grid = (cdiv(T, 16) * cdiv(L, tile["JB"]) * cdiv(S, tile["BU"]), G)
-    kb.deinterleave[grid](gy, out, T, nrows, gy.stride(0), gy.stride(1), L=L, S=S, **tile, num_warps=4)
-    return out
+    call: Call
+    gy_strides: tuple[int, ...]
+    ncols: int
+    want_x: bool
+    want_w: bool
 
 
 def backward(
@@ -89,153 +43,116 @@ def backward(
     want_x: bool,
     want_w: bool,
     config: Config | None = None,
-    h: Tensor | None = None,
 ) -> Gradients | None:
-    """Gradients (x, left, right) of canonical operands, None for what is not wanted or where no kernel serves.
+    """Gradients (x, left, right), None for what is not wanted; None alone where no kernel serves.
 
-    Without ``want_w``, x is not read: this is the transposed product. ``h``: the hidden entries (G, token tiles, l, r,
-    tile) where the forward product kept them; computed again otherwise.
+    Without ``want_w``, x is not read: this is the transposed product. Shapes are those of ``launch.forward``.
     """
-    G, T, _ = gy.shape
-    z = _sizes(left, right)
-    if max(z["S"], z["R"], z["Q"], z["P"]) > WIDEST:
-        return _cublas_backward(gy, x, left, right, ncols, want_x, want_w) if z["Q"] % z["L"] == 0 else None
-    left, right, gy = left.contiguous(), right.contiguous(), rows_first(gy)
+    z = Factors(*left.shape[-3:], *right.shape[-3:])
+    if z.widest > WIDEST:
+        return large.backward(gy, x, left, right, ncols, want_x, want_w) if z.Q % z.L == 0 else None
+    lead, nrows = gy.shape[:-1], gy.shape[-1]
+    gy, G, T, _, *gy_strides = rows(gy, left.ndim == 4)
+    left, right = left.contiguous(), right.contiguous()
     if T == 0 or G == 0:
-        gx = gy.new_empty((G, T, ncols)) if want_x else None
+        gx = gy.new_empty((*lead, ncols)) if want_x else None
         return gx, torch.zeros_like(left) if want_w else None, torch.zeros_like(right) if want_w else None
-    c = config or choose_backward(left, right, T)
     # What is not wanted is neither read nor written: any tensor stands for it.
-    x = rows_first(x) if want_w and x is not None else gy
-    gx = torch.empty((G, T, ncols), dtype=gy.dtype, device=gy.device) if want_x else gy
-    run = _resident if c["path"] == "resident" else _stages
-    sums = run(gy, x, left, right, gx, h, want_x, want_w, c)
-    gleft, gright = (torch.empty_like(left), torch.empty_like(right)) if want_w else (None, None)
-    if gleft is not None and gright is not None:
-        _reduce(*sums, gleft, gright)
-    return gx if want_x else None, gleft, gright
+    x, _, _, n, *strides = rows(x, left.ndim == 4) if want_w and x is not None else (gy, G, T, ncols, 0, 0)
+    gx = torch.empty((*lead, ncols), dtype=gy.dtype, device=gy.device) if want_x else gy
+    gleft, gright = (torch.empty_like(left), torch.empty_like(right)) if want_w else (gy, gy)
+    precision = torch.get_float32_matmul_precision()
+    call = Call(gy.device, gy.dtype, precision, G, T, n, tuple(strides), z, nrows, "", False)
+    key = BackwardCall(call, tuple(gy_strides), ncols, want_x, want_w)
+    plan = _plan(key) if config is None else _build(key, config)
+    plan(gy, x, left, right, gx, gleft, gright)
+    return gx if want_x else None, gleft if want_w else None, gright if want_w else None
 
 
-def _reduce(lefts: Tensor, rights: Tensor, gleft: Tensor, gright: Tensor) -> None:
-    """Add up partial sums, both in one launch."""
-    N, M = gleft.numel(), gright.numel()
-    BLOCK = 128 if max(N, M) <= 1 << 17 else 512
-    blocks = cdiv(N, BLOCK)
-    args = (lefts, gleft, rights, gright, blocks, N, M, lefts.shape[0], rights.shape[0])
-    kr.reduce[(blocks + cdiv(M, BLOCK),)](*args, BLOCK=BLOCK, ROWS=2048 // BLOCK, num_warps=4)
+@functools.lru_cache(1024)
+def _plan(key: BackwardCall) -> Plan:
+    call = key.call
+    return _build(key, choose_backward(call.z, call.T, call.dtype, call.device))
 
 
-def _resident(
-    gy: Tensor,
-    x: Tensor,
-    left: Tensor,
-    right: Tensor,
-    gx: Tensor,
-    h: Tensor | None,
-    want_x: bool,
-    want_w: bool,
-    c: Config,
-) -> tuple[Tensor, Tensor]:
-    G, T, nrows = gy.shape
-    z = _sizes(left, right)
-    L, S, R, K, Q, P = z.values()
-    parts, tiles = L // Q, cdiv(T, c["TT"])
-    programs = cdiv(_processors(gy) * c["CTAS"], parts * G)
-    lefts = max(1, min(tiles, round(programs * c["SHARE"]))) if want_w else 0
-    rights = max(1, min(tiles, programs - lefts))
-    gleft = torch.empty((lefts, G, L, S, R) if want_w else 1, dtype=torch.float32, device=gy.device)
-    gright = torch.empty((rights, G, K, Q, P) if want_w else 1, dtype=torch.float32, device=gy.device)
-    ncols = gx.shape[-1] if want_x else x.shape[-1]
-    shape = {"TT": c["TT"], "JB": pad(Q), "BI": pad(R), "BP": pad(P), "BU": pad(S), **_way(c)}
-    args = (gy, x, left, right, gx, gleft, gright, T, ncols, nrows, tiles, lefts, rights, G)
-    strides = (gy.stride(0), gy.stride(1), x.stride(0), x.stride(1))
-    kr.resident_backward[(parts * (lefts + rights), G)](
-        *args, *strides, **z, **shape, STAGES=c["STAGES"], WANT_X=want_x, WANT_W=want_w, **_meta(gy),
-        num_warps=c["num_warps"],
-    )  # fmt: skip
-    return gleft, gright
+def _split(tiles: int, programs: int, target: int) -> int:
+    """Programs for each of ``programs`` pieces of work on ``tiles`` tiles, about ``target`` in all."""
+    return max(1, min(tiles, target // max(programs, 1)))
 
 
-def _way(c: Config) -> dict[str, bool]:
-    """How gy comes from memory to the products; by an instruction that the interpreter does not know."""
-    return {"HOLD": c["HOLD"] and not backend.INTERPRETED, "SPREAD": c["SPREAD"]}
-
-
-def _stages(
-    gy: Tensor,
-    x: Tensor,
-    left: Tensor,
-    right: Tensor,
-    gx: Tensor,
-    h: Tensor | None,
-    want_x: bool,
-    want_w: bool,
-    c: Config,
-) -> tuple[Tensor, Tensor]:
-    G, T, nrows = gy.shape
-    L, S, R, K, Q, P = _sizes(left, right).values()
-    TT = c["TT"] if h is None else h.shape[-1]
-    if want_w and h is None:
-        h = hidden(x, right, L, R, c["hidden"] | {"TT": TT})
+def _build(key: BackwardCall, c: Config) -> Plan:
+    """Hidden entries again (for the gradients of left), left stage, right stage, the sums of partial sums."""
+    call, (want_x, want_w) = key.call, key[-2:]
+    z, T, G = call.z, call.T, call.G
+    TT = c["TT"]
     tiles = cdiv(T, TT)
-    kept = gy if h is None else h
-    gh = torch.empty((G, tiles, L, R, TT), dtype=gy.dtype, device=gy.device)
-    more = {"STAGES": c["STAGES"], "WANT_W": want_w} | _meta(gy) | {"num_warps": c["num_warps"]}
-    if c["path"] == "strided":
-        JB, BR = c["JB"], min(c["BR"], pad(R))
-        pieces = cdiv(L, JB) * cdiv(R, BR)
-        walkers = _split(tiles, pieces * G, max(_processors(gy) * c["CTAS"], pieces * G))
-        gleft = torch.empty((walkers, G, L, S, R) if want_w else 1, dtype=torch.float32, device=gy.device)
-        args = (gy, left, kept, gh, gleft, T, nrows, tiles, walkers, G, gy.stride(0), gy.stride(1))
-        shape = {"L": L, "S": S, "R": R, "TT": TT, "JB": JB, "BU": pad(S), "BR": BR, **_way(c)}
-        kr.strided_left[(pieces * walkers, G)](*args, **shape, **more)
-    else:
-        walkers = _split(tiles, G * L, c["programs"])
-        gleft = torch.empty((walkers, G, L, S, R) if want_w else 1, dtype=torch.float32, device=gy.device)
-        args = (deinterleave(gy, L, S), left, kept, gh, gleft, T, tiles, walkers, G)
-        shape = {"L": L, "S": S, "R": R, "TT": TT, "BS": pad(S), "BR": pad(R), "WANT_H": True}
-        kb.left_backward[(L, walkers, G)](*args, **shape, **more)
-    c = c["right"]
-    TX = max(c["TX"], TT)
+    h_shape, first = hidden(call, c["hidden"] | {"TT": TT})
+    second, lefts = (_strided_left if c["path"] == "strided" else _general_left)(key, c, tiles)
+    r = c["right"]
+    TX = max(r["TX"], TT)
     spans = cdiv(T, TX)
-    walkers = _split(spans, G * K, c["programs"])
-    gright = torch.empty((walkers, G, K, Q, P) if want_w else 1, dtype=torch.float32, device=gy.device)
-    ncols = gx.shape[-1] if want_x else x.shape[-1]
-    kb.right_backward[(K, walkers, G)](
-        gh, right, x, gx, gright, T, ncols, tiles, spans, walkers, G, x.stride(0), x.stride(1), L=L, R=R, K=K, Q=Q, P=P,
-        TT=TT, TX=TX, BQ=pad(Q), BP=pad(P), STAGES=c["STAGES"], WANT_X=want_x, WANT_W=want_w, **_meta(gy),
-        num_warps=c["num_warps"],
+    rights = _split(spans, G * z.K, r["programs"])
+    third = Launch(
+        kb.right_backward, (z.K, rights, G), (T, key.ncols, tiles, spans, rights, G, *call.strides), L=z.L, R=z.R,
+        K=z.K, Q=z.Q, P=z.P, TT=TT, TX=TX, BQ=pad(z.Q), BP=pad(z.P), STAGES=r["STAGES"], WANT_X=want_x, WANT_W=want_w,
+        **arithmetic(call.dtype), num_warps=r["num_warps"],
     )  # fmt: skip
-    return gleft, gright
+    left_size, right_size = G * z.L * z.S * z.R, G * z.K * z.Q * z.P
+    reduce = _reduction(left_size, right_size, lefts, rights)
+
+    def plan(gy: Tensor, x: Tensor, left: Tensor, right: Tensor, gx: Tensor, gleft: Tensor, gright: Tensor) -> None:
+        gh = torch.empty(h_shape, dtype=gy.dtype, device=gy.device)
+        if not want_w:
+            second(gy, left, gy, gh, gy)
+            third(gh, right, x, gx, gy)
+            return
+        h = torch.empty(h_shape, dtype=gy.dtype, device=gy.device)
+        left_sums = torch.empty(lefts * left_size, dtype=torch.float32, device=gy.device)
+        right_sums = torch.empty(rights * right_size, dtype=torch.float32, device=gy.device)
+        first(x, right, h)
+        second(gy, left, h, gh, left_sums)
+        third(gh, right, x, gx, right_sums)
+        reduce(left_sums, gleft, right_sums, gright)
+
+    return plan
 
 
-# ---------------------------------------------------------------- large blocks: see launch.py
+def _strided_left(key: BackwardCall, c: Config, tiles: int) -> tuple[Callable[..., None], int]:
+    """The launch (gy, left, h, gh, sums) and its number of partial sums."""
+    call = key.call
+    z, G = call.z, call.G
+    JB, BR = c["JB"], min(c["BR"], pad(z.R))
+    pieces = cdiv(z.L, JB) * cdiv(z.R, BR)
+    walkers = _split(tiles, pieces * G, max(processors(call.device) * c["CTAS"], pieces * G))
+    run = Launch(
+        ks.strided_left, (pieces * walkers, G), (call.T, call.nrows, tiles, walkers, G, *key.gy_strides), L=z.L, S=z.S,
+        R=z.R, TT=c["TT"], JB=JB, BU=pad(z.S), BR=BR, HOLD=c["HOLD"] and not backend.INTERPRETED, SPREAD=c["SPREAD"],
+        STAGES=c["STAGES"], WANT_W=key.want_w, **arithmetic(call.dtype), num_warps=c["num_warps"],
+    )  # fmt: skip
+    return run, walkers
 
 
-def _cublas_backward(
-    gy: Tensor, x: Tensor | None, left: Tensor, right: Tensor, ncols: int, want_x: bool, want_w: bool
-) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    G, T, _ = gy.shape
-    L, S, _, K, Q, P = _sizes(left, right).values()
-    c = Q // L
-    gx = torch.empty((G, T, ncols), dtype=gy.dtype, device=gy.device) if want_x else None
-    gleft, gright = (torch.empty_like(left), torch.empty_like(right)) if want_w else (None, None)
-    gyj = deinterleave(gy, L, S) if gy.numel() else gy.new_empty((G, L, T, S))
-    for g in range(G):
-        gh = torch.empty((T, K, L, c), dtype=gy.dtype, device=gy.device)
-        lefts = left[g].unflatten(2, (K, c))  # (l, s, k, c)
-        for i in range(K):
-            torch.bmm(gyj[g], lefts[:, :, i], out=gh[:, i].transpose(0, 1))
-        ghk = gh.flatten(2).transpose(0, 1)  # (k, T, (l, c))
-        if gleft is not None and gright is not None and x is not None:
-            xk = _blocks(rows_first(x[g]), K, P)
-            h = _cublas_hidden(xk, right[g], L)
-            torch.bmm(gyj[g].mT, h.flatten(2), out=gleft[g])
-            gright[g] = torch.bmm(ghk.mT, xk).unflatten(1, (L, c)).transpose(1, 2).flatten(1, 2)
-        if gx is not None:
-            folded = right[g].unflatten(1, (c, L)).transpose(1, 2).flatten(1, 2)  # (k, (l, c), p)
-            if ncols == K * P:
-                torch.bmm(ghk, folded, out=gx[g].unflatten(1, (K, P)).transpose(0, 1))
-            else:
-                gx[g] = torch.bmm(ghk, folded).transpose(0, 1).flatten(1)[:, :ncols]
-    return gx, gleft, gright
+def _general_left(key: BackwardCall, c: Config, tiles: int) -> tuple[Callable[..., None], int]:
+    call = key.call
+    z, T, G = call.z, call.T, call.G
+    walkers = _split(tiles, G * z.L, c["programs"])
+    sort = large.deinterleaving(T, call.nrows, key.gy_strides, z.L, z.S, G)
+    run = Launch(
+        kb.left_backward, (z.L, walkers, G), (T, tiles, walkers, G), L=z.L, S=z.S, R=z.R, TT=c["TT"], BS=pad(z.S),
+        BR=pad(z.R), STAGES=c["STAGES"], WANT_W=key.want_w, **arithmetic(call.dtype), num_warps=c["num_warps"],
+    )  # fmt: skip
+
+    def both(gy: Tensor, left: Tensor, h: Tensor, gh: Tensor, sums: Tensor) -> None:
+        by_left = torch.empty((G, z.L, T, z.S), dtype=gy.dtype, device=gy.device)
+        sort(gy, by_left)
+        run(by_left, left, h, gh, sums)
+
+    return both, walkers
+
+
+def _reduction(left_size: int, right_size: int, lefts: int, rights: int) -> Launch:
+    """Adds up both stacks of partial sums in one launch."""
+    BLOCK = 128 if max(left_size, right_size) <= 1 << 17 else 512
+    blocks = cdiv(left_size, BLOCK)
+    sizes = (blocks, left_size, right_size, lefts, rights)
+    return Launch(ks.reduce, (blocks + cdiv(right_size, BLOCK),), sizes, BLOCK=BLOCK, ROWS=2048 // BLOCK, num_warps=4)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from structmat_kernels import backend as _backend
-from structmat_kernels.autograd import differentiable
+from structmat_kernels.autograd import differentiable, is_plain, short
 from structmat_kernels.batching import merge, vmap_over_batch
 from structmat_kernels.monarch import reference
 
@@ -21,11 +21,8 @@ def _plain(x: Tensor, left: Tensor, right: Tensor, bias: Tensor, nrows: int, act
 MOST_MATRICES = 65535
 
 
-@torch.library.custom_op("structmat::monarch", mutates_args=())
-def _monarch(x: Tensor, left: Tensor, right: Tensor, bias: Tensor, nrows: int, activation: str) -> Tensor:
-    if x.shape[0] > MOST_MATRICES:
-        pieces = zip(*(t.split(MOST_MATRICES) for t in (x, left, right, bias)), strict=True)
-        return torch.cat([_monarch(*piece, nrows, activation) for piece in pieces])
+def _forward(x: Tensor, left: Tensor, right: Tensor, bias: Tensor | None, nrows: int, activation: str) -> Tensor:
+    """The product of operands (G, ...), or of x (*lead, n) and factors without a batch."""
     with _backend.launching(x):
         if _backend.runs_kernels(x):
             from structmat_kernels.monarch import launch
@@ -33,12 +30,58 @@ def _monarch(x: Tensor, left: Tensor, right: Tensor, bias: Tensor, nrows: int, a
             y = launch.forward(x, left, right, bias, nrows, activation)
             if y is not None:
                 return y
-        return _plain(x, left, right, bias, nrows, activation).contiguous()
+        return _plain(x, left, right, x.new_empty(0) if bias is None else bias, nrows, activation).contiguous()
+
+
+@torch.library.custom_op("structmat::monarch", mutates_args=())
+def _monarch(x: Tensor, left: Tensor, right: Tensor, bias: Tensor, nrows: int, activation: str) -> Tensor:
+    if x.shape[0] > MOST_MATRICES:
+        pieces = zip(*(t.split(MOST_MATRICES) for t in (x, left, right, bias)), strict=True)
+        return torch.cat([_monarch(*piece, nrows, activation) for piece in pieces])
+    return _forward(x, left, right, bias, nrows, activation)
 
 
 @_monarch.register_fake
 def _(x: Tensor, left: Tensor, right: Tensor, bias: Tensor, nrows: int, activation: str) -> Tensor:
     return x.new_empty((x.shape[0], x.shape[1], nrows))
+
+
+def _gradients(
+    gy: Tensor,
+    x: Tensor,
+    left: Tensor,
+    right: Tensor,
+    bias: Tensor | None,
+    nrows: int,
+    activation: str,
+    needs: list[bool],
+) -> list[Tensor | None]:
+    """Gradients of ``_forward``, None for what is not needed."""
+    want_x, want_w, want_bias = needs[0], needs[1] or needs[2], needs[3]
+    with _backend.launching(x):
+        if activation:
+            gy = reference.activation_backward(gy, _forward(x, left, right, bias, nrows, ""), activation)
+        grads = (None, None, None)
+        if want_x or want_w:
+            found = None
+            if _backend.runs_kernels(x):
+                from structmat_kernels.monarch import launch_backward
+
+                found = launch_backward.backward(gy, x, left, right, x.shape[-1], want_x, want_w)
+            grads = found or _reference_gradients(gy, x, left, right)
+        gbias = None
+        if want_bias and bias is not None:
+            gbias = (gy.flatten(0, -2).sum(0) if left.ndim == 3 else gy.sum(-2)) if bias.numel() else bias.clone()
+        return [*(g if need else None for g, need in zip(grads, needs[:3], strict=True)), gbias]
+
+
+def _reference_gradients(gy: Tensor, x: Tensor, left: Tensor, right: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    if left.ndim == 4:
+        gx, gleft, gright = reference.monarch_backward(gy, x, left, right)
+    else:
+        gx, gleft, gright = reference.monarch_backward(gy.flatten(0, -2), x.flatten(0, -2), left, right)
+        gx = gx.view(x.shape)
+    return gx.contiguous(), gleft.contiguous(), gright.contiguous()
 
 
 @torch.library.custom_op("structmat::monarch_backward", mutates_args=())
@@ -51,22 +94,8 @@ def _monarch_backward(
         return [
             torch.cat(grads) if need else grads[0] for grads, need in zip(zip(*found, strict=True), needs, strict=True)
         ]
-    want_x, want_left, want_right, want_bias = needs
-    want_w = want_left or want_right
-    with _backend.launching(x):
-        if activation:
-            gy = reference.activation_backward(gy, _monarch(x, left, right, bias, nrows, ""), activation)
-        grads = (None, None, None) if not (want_x or want_w) else None
-        if grads is None and _backend.runs_kernels(x):
-            from structmat_kernels.monarch import launch_backward
-
-            grads = launch_backward.backward(gy, x, left, right, x.shape[-1], want_x, want_w)
-        grads = grads or reference.monarch_backward(gy, x, left, right)
-        none = x.new_empty(0)
-        out = [
-            g.contiguous() if g is not None and need else none.clone() for g, need in zip(grads, needs[:3], strict=True)
-        ]
-        return [*out, gy.sum(-2) if want_bias and bias.numel() else bias.clone() if want_bias else none]
+    grads = _gradients(gy, x, left, right, bias, nrows, activation, needs)
+    return [x.new_empty(0) if g is None else g for g in grads]
 
 
 @_monarch_backward.register_fake
@@ -124,6 +153,15 @@ vmap_over_batch(_transposed, 3, rows=True)
 vmap_over_batch(_transposed_backward, 4)
 
 _differentiable = differentiable(_monarch, _monarch_backward, _plain, 4)
+
+
+def _long(x: Tensor, left: Tensor, right: Tensor, bias: Tensor | None, nrows: int, activation: str) -> Tensor:
+    some = x.new_empty(0) if bias is None else bias
+    x, (left, right, some), restore = merge(x, (left, right, some), (3, 3, 1))
+    return restore(_differentiable(x, left, right, some, nrows, activation))
+
+
+_short = short(_forward, _gradients, _long, 4)
 _differentiable_transposed = differentiable(_transposed, _transposed_backward, reference.monarch_transposed, 3)
 
 
@@ -190,9 +228,8 @@ def monarch(
     operands = (x, left, right) if bias is None else (x, left, right, bias)
     if not _backend.use_triton(backend, *operands) or 0 in right.shape[-3:]:
         return reference.monarch(x, left, right, nrows, bias, activation)
-    some = x.new_empty(0) if bias is None else bias
-    x, (left, right, some), restore = merge(x, (left, right, some), (3, 3, 1))
-    return restore(_differentiable(x, left, right, some, nrows, activation or ""))
+    run = _short if left.ndim == right.ndim == 3 and is_plain(operands) else _long
+    return run(x, left, right, bias, nrows, activation or "")
 
 
 def monarch_transposed(y: Tensor, left: Tensor, right: Tensor, ncols: int, *, backend: str | None = None) -> Tensor:

@@ -1,0 +1,126 @@
+"""Products of large blocks by cuBLAS between folded permutations.
+
+With q = c l, rows j, l + j, ... of a right block are a strided view of it: products that write each left block's hidden
+entries contiguously need no permutation of data. Only the outputs are interleaved by a kernel.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from structmat_kernels.launches import Launch, launch
+from structmat_kernels.monarch import backward as kb
+from structmat_kernels.sizes import cdiv, pad, power
+
+Gradients = tuple[Tensor | None, Tensor | None, Tensor | None]
+
+
+def _tiles(L: int, S: int) -> dict[str, int]:
+    return {"TT": 16, "JB": min(16, power(L)), "BU": min(64, pad(S))}
+
+
+def _grid(T: int, L: int, S: int, G: int) -> tuple[int, int]:
+    tile = _tiles(L, S)
+    return cdiv(T, 16) * cdiv(L, tile["JB"]) * cdiv(S, tile["BU"]), G
+
+
+def interleave(z: Tensor, bias: Tensor, nrows: int, activation: str, has_bias: bool) -> Tensor:
+    """``activation(y + bias)`` of the outputs (G, l, T, s)."""
+    G, L, T, S = z.shape
+    y = torch.empty((G, T, nrows), dtype=z.dtype, device=z.device)
+    more = {"ACT": activation, "HAS_BIAS": has_bias, "num_warps": 4}
+    launch(kb.interleave, _grid(T, L, S, G), (z, bias, y), (T, nrows), L=L, S=S, **_tiles(L, S), **more)
+    return y
+
+
+def deinterleaving(T: int, nrows: int, strides: tuple[int, ...], L: int, S: int, G: int) -> Launch:
+    """The launch (gy, out) that writes the gradient (G, T, nrows) of the outputs as (G, l, T, s)."""
+    return Launch(kb.deinterleave, _grid(T, L, S, G), (T, nrows, *strides), L=L, S=S, **_tiles(L, S), num_warps=4)
+
+
+def _deinterleave(gy: Tensor, L: int, S: int) -> Tensor:
+    G, T, nrows = gy.shape
+    out = torch.empty((G, L, T, S), dtype=gy.dtype, device=gy.device)
+    if out.numel():
+        gy = gy if gy.stride(-1) == 1 else gy.contiguous()
+        sizes = (T, nrows, gy.stride(0), gy.stride(1))
+        launch(kb.deinterleave, _grid(T, L, S, G), (gy, out), sizes, L=L, S=S, **_tiles(L, S), num_warps=4)
+    return out
+
+
+def _blocks(x: Tensor, K: int, P: int) -> Tensor:
+    """One batch entry (T, n) as (k, T, p)."""
+    n = x.shape[1]
+    if n < K * P:
+        x = F.pad(x, (0, K * P - n))
+    return x.unflatten(1, (K, P)).transpose(0, 1)
+
+
+def _hidden(xk: Tensor, right: Tensor, L: int) -> Tensor:
+    """(l, T, k, c) hidden entries of one batch entry."""
+    K, Q, _ = right.shape
+    by_left = right.unflatten(1, (Q // L, L))  # (k, c, l, p)
+    h = torch.empty((L, xk.shape[1], K, Q // L), dtype=xk.dtype, device=xk.device)
+    for j in range(L):
+        torch.bmm(xk, by_left[:, :, j].mT, out=h[j].transpose(0, 1))
+    return h
+
+
+def forward(
+    x: Tensor, left: Tensor, right: Tensor, bias: Tensor, *, nrows: int, activation: str, has_bias: bool
+) -> Tensor:
+    """See launch.forward; l divides q."""
+    lead = x.shape[:-1]
+    if left.ndim == 3:
+        x, left, right = x.reshape(1, -1, x.shape[-1]), left.unsqueeze(0), right.unsqueeze(0)
+    G, T, _ = x.shape
+    L, S, _ = left.shape[1:]
+    K, _, P = right.shape[1:]
+    out = torch.empty((G, L, T, S), dtype=x.dtype, device=x.device)
+    for g in range(G):
+        h = _hidden(_blocks(x[g], K, P), right[g], L)
+        torch.bmm(h.flatten(2), left[g].mT, out=out[g])
+    return interleave(out, bias, nrows, activation, has_bias).view(*lead, nrows)
+
+
+def backward(
+    gy: Tensor, x: Tensor | None, left: Tensor, right: Tensor, ncols: int, want_x: bool, want_w: bool
+) -> Gradients:
+    """See launch_backward.backward; l divides q."""
+    if left.ndim == 3:
+        gx, gleft, gright = backward(
+            gy.reshape(1, -1, gy.shape[-1]), None if x is None else x.reshape(1, -1, x.shape[-1]), left.unsqueeze(0),
+            right.unsqueeze(0), ncols, want_x, want_w,
+        )  # fmt: skip
+        return (
+            None if gx is None else gx.view(*gy.shape[:-1], ncols),
+            None if gleft is None else gleft[0],
+            None if gright is None else gright[0],
+        )
+    G, T, _ = gy.shape
+    L, S, _ = left.shape[1:]
+    K, Q, P = right.shape[1:]
+    c = Q // L
+    gx = torch.empty((G, T, ncols), dtype=gy.dtype, device=gy.device) if want_x else None
+    gleft, gright = (torch.empty_like(left), torch.empty_like(right)) if want_w else (None, None)
+    gyj = _deinterleave(gy, L, S)
+    for g in range(G):
+        gh = torch.empty((T, K, L, c), dtype=gy.dtype, device=gy.device)
+        lefts = left[g].unflatten(2, (K, c))  # (l, s, k, c)
+        for i in range(K):
+            torch.bmm(gyj[g], lefts[:, :, i], out=gh[:, i].transpose(0, 1))
+        ghk = gh.flatten(2).transpose(0, 1)  # (k, T, (l, c))
+        if gleft is not None and gright is not None and x is not None:
+            xk = _blocks(x[g], K, P)
+            h = _hidden(xk, right[g], L)
+            torch.bmm(gyj[g].mT, h.flatten(2), out=gleft[g])
+            gright[g] = torch.bmm(ghk.mT, xk).unflatten(1, (L, c)).transpose(1, 2).flatten(1, 2)
+        if gx is not None:
+            folded = right[g].unflatten(1, (c, L)).transpose(1, 2).flatten(1, 2)  # (k, (l, c), p)
+            if ncols == K * P:
+                torch.bmm(ghk, folded, out=gx[g].unflatten(1, (K, P)).transpose(0, 1))
+            else:
+                gx[g] = torch.bmm(ghk, folded).transpose(0, 1).flatten(1)[:, :ncols]
+    return gx, gleft, gright
