@@ -93,9 +93,12 @@ class Draw:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cuda")
+    names = [str(dtype).removeprefix("torch.") for dtype in BOUND]
+    parser.add_argument("--dtype", nargs="+", default=names, choices=names, help="(default: all)")
     args = parser.parse_args()
     wrong = 0
-    for dtype, bound in BOUND.items():
+    for dtype in (getattr(torch, name) for name in args.dtype):
+        bound = BOUND[dtype]
         for name, function, operands in cases(Draw(args.device, dtype)):
             found, expected = (
                 differentiated(lambda *t, b=b, f=function: f(b, *t), [t.to(d) for t in operands])

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import structmat
+from structmat.testing import relative_error
 from structmat_kernels.monarch import monarch, monarch_transposed, reference
 
 pytest.importorskip("triton")  # only that may be missing: an error in our own modules is no reason to skip
@@ -191,3 +192,20 @@ def test_another_device_than_the_current_one(name):
     expected = gradients(lambda *t: reference.monarch(*t[:3], shape[6], t[3]), doubles, cotangent.double())
     for f, e in zip(found, expected, strict=True):
         close(f, e)
+
+
+def test_compiled_by_inductor():
+    """The default backend of torch.compile: one graph, dynamic token counts, the values and gradients of eager calls."""
+    layer = structmat.nn.MonarchLinear(384, 640, device="cuda", dtype=torch.bfloat16)
+
+    def step(x):
+        return torch.nn.functional.gelu(layer(x)) * 2
+
+    compiled = torch.compile(step, fullgraph=True)
+    generator = torch.Generator("cuda").manual_seed(7)
+    for tokens in (300, 300, 411, 77):
+        x = torch.randn(2, tokens, 384, device="cuda", dtype=torch.bfloat16, generator=generator).requires_grad_()
+        gy = torch.randn(2, tokens, 640, device="cuda", dtype=torch.bfloat16, generator=generator)
+        results = [(f(x), *torch.autograd.grad(f(x), (x, *layer.parameters()), gy)) for f in (step, compiled)]
+        for eager, fused in zip(*results, strict=True):
+            assert relative_error(fused.double(), eager.double()) <= 1e-2
