@@ -33,7 +33,7 @@ def cases(draw):
         (2, 150, 140, 2, 140, 130, 290, 255, 170),
         (3, 150, 140, 6, 70, 40, 440, 235, 170),
     ):
-        factors = draw(l, s, r), draw(k, q, p)
+        factors = draw(l, s, r) * r**-0.5, draw(k, q, p) * p**-0.5  # outputs of size one
         name = f"monarch {(l, s, r, k, q, p)}, {T} tokens"
         yield name, lambda b, x, L, R, m=m: monarch(x, L, R, m, backend=b), (draw(T, n), *factors)
         yield (
