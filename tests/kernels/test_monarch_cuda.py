@@ -195,7 +195,7 @@ def test_another_device_than_the_current_one(name):
 
 
 def test_compiled_by_inductor():
-    """The default backend of torch.compile: one graph, varying token counts, the values and gradients of eager calls."""
+    """By the default backend: one graph, varying token counts, the values and gradients of eager calls."""
     layer = structmat.nn.MonarchLinear(384, 640, device="cuda", dtype=torch.bfloat16)
 
     def step(x):
