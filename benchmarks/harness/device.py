@@ -90,7 +90,7 @@ def about(device: torch.device, seed: int = 0) -> dict[str, Any]:
         "triton": _version("triton"),
         "peers": {name: _version(name) for name in ("fast_hadamard_transform", "torch_butterfly") if _version(name)},
         "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
-        "commit": _first_line(["git", "rev-parse", "HEAD"]) or os.environ.get("STRUCTMAT_COMMIT"),
+        "commit": os.environ.get("STRUCTMAT_COMMIT") or _first_line(["git", "rev-parse", "HEAD"]),
         "sources": sources_digest(),
         "seed": seed,
     }

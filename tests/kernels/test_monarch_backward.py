@@ -8,7 +8,6 @@ import torch
 from structmat_kernels.monarch import reference, rules
 
 pytest.importorskip("triton")  # only that may be missing: an error in our own modules is no reason to skip
-large = importlib.import_module("structmat_kernels.monarch.large")
 launch_backward = importlib.import_module("structmat_kernels.monarch.launch_backward")
 
 BOUND = {torch.float32: 5e-6, torch.float16: 2e-3, torch.bfloat16: 1e-2}
@@ -31,7 +30,9 @@ RIGHT = {"TX": 32, "STAGES": 1, "num_warps": 4, "programs": 64}
 HIDDEN = {"TX": 32, "BA": 16, "RSTAGES": 1, "right_warps": 4}
 GENERAL = {"path": "general", "TT": 16, "STAGES": 1, "num_warps": 4, "programs": 64, "hidden": HIDDEN, "right": RIGHT}
 STRIDED = GENERAL | {"path": "strided", "JB": 8, "BR": 16, "HOLD": False, "SPREAD": True, "CTAS": 1}
-BACKWARD = {"strided": STRIDED, "general": GENERAL, "cublas": None}
+WIDE = {"path": "wide", "TT": 16, "TX": 32, "SIDE": 16, "BK": 16, "STAGES": 1, "num_warps": 4, "programs": 64}
+WIDE |= {"hidden": HIDDEN}
+BACKWARD = {"strided": STRIDED, "general": GENERAL, "wide": WIDE, "cublas": {"path": "cublas"}}
 
 
 def close(got, expected, bound=None, name=""):
@@ -42,8 +43,6 @@ def close(got, expected, bound=None, name=""):
 
 
 def backward(config, *args):
-    if config is None:
-        return large.backward(*args)
     return launch_backward.backward(*args, config)
 
 
@@ -119,12 +118,14 @@ def test_ranges_of_tokens_are_added(device, operands, poisoned):
 def test_rule(device, monkeypatch, operands, poisoned):
     monkeypatch.setattr(rules, "lookup", lambda *_: None)
     seen = set()
-    for name, dtype in (("sixteens", torch.float16), ("rectangular", torch.float16), ("prime", torch.float32)):
+    large = ((2, 20, 130, 2, 130, 70, 33, 137), (2, 5, 512, 2, 512, 3, 9, 5))
+    names = ("sixteens", "rectangular", "prime", *large)
+    for name, dtype in zip(names, (torch.float16, torch.float16, *3 * [torch.float32]), strict=True):
         gy, x, left, right = operands(name, 19, dtype, device)
         config = rules.choose_backward(rules.Factors(*left.shape[1:], *right.shape[1:]), 19, dtype, x.device)
         seen.add(config["path"])
         check_backward(config, gy, x, left, right)
-    assert seen == {"strided", "general"}
+    assert seen == {"strided", "general", "wide", "cublas"}
     monkeypatch.setattr(rules, "lookup", lambda *_: STRIDED)
     assert rules.choose_backward(rules.Factors(4, 4, 4, 4, 4, 4), 19, torch.float16, x.device) == STRIDED
 

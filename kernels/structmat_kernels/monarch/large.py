@@ -50,21 +50,29 @@ def _deinterleave(gy: Tensor, L: int, S: int) -> Tensor:
     return out
 
 
+def _view(t: Tensor, shape: tuple[int, ...], strides: tuple[int, ...], start: int = 0) -> Tensor:
+    """One view instead of a chain: each costs as much host time as a small kernel runs."""
+    return t.as_strided(shape, strides, t.storage_offset() + start)
+
+
 def _blocks(x: Tensor, K: int, P: int) -> Tensor:
     """One batch entry (T, n) as (k, T, p)."""
-    n = x.shape[1]
+    T, n = x.shape
     if n < K * P:
         x = F.pad(x, (0, K * P - n))
-    return x.unflatten(1, (K, P)).transpose(0, 1)
+    return _view(x, (K, T, P), (P, x.stride(0), 1))
 
 
 def _hidden(xk: Tensor, right: Tensor, L: int) -> Tensor:
-    """(l, T, k, c) hidden entries of one batch entry."""
-    K, Q, _ = right.shape
-    by_left = right.unflatten(1, (Q // L, L))  # (k, c, l, p)
-    h = torch.empty((L, xk.shape[1], K, Q // L), dtype=xk.dtype, device=xk.device)
+    """(l, T, k c) hidden entries of one batch entry; right (k, q, p) is contiguous."""
+    K, T, P = xk.shape
+    Q = right.shape[1]
+    c = Q // L
+    h = torch.empty((L, T, K * c), dtype=xk.dtype, device=xk.device)
     for j in range(L):
-        torch.bmm(xk, by_left[:, :, j].mT, out=h[j].transpose(0, 1))
+        # Rows j, l + j, ... of every right block.
+        rows = _view(right, (K, P, c), (Q * P, 1, L * P), j * P)
+        torch.bmm(xk, rows, out=_view(h, (K, T, c), (c, K * c, 1), j * T * K * c))
     return h
 
 
@@ -81,24 +89,26 @@ def forward(
     out = torch.empty((G, L, T, S), dtype=x.dtype, device=x.device)
     for g in range(G):
         h = _hidden(_blocks(x[g], K, P), right[g], L)
-        torch.bmm(h.flatten(2), left[g].mT, out=out[g])
+        torch.bmm(h, left[g].mT, out=out[g])
     return interleave(out, bias, nrows, activation, has_bias).view(*lead, nrows)
 
 
 def backward(
-    gy: Tensor, x: Tensor | None, left: Tensor, right: Tensor, ncols: int, want_x: bool, want_w: bool
+    gy: Tensor, x: Tensor, left: Tensor, right: Tensor, ncols: int, want_x: bool, want_w: bool, lead: torch.Size
 ) -> Gradients:
-    """See launch_backward.backward; l divides q."""
-    if left.ndim == 3:
-        gx, gleft, gright = backward(
-            gy.reshape(1, -1, gy.shape[-1]), None if x is None else x.reshape(1, -1, x.shape[-1]), left.unsqueeze(0),
-            right.unsqueeze(0), ncols, want_x, want_w,
-        )  # fmt: skip
-        return (
-            None if gx is None else gx.view(*gy.shape[:-1], ncols),
-            None if gleft is None else gleft[0],
-            None if gright is None else gright[0],
-        )
+    """See launch_backward.backward; l divides q. Operands are as ``launch.rows`` leaves them."""
+    batched = left.ndim == 4
+    if not batched:
+        gy, x = gy.reshape(1, -1, gy.shape[-1]), x.reshape(1, -1, x.shape[-1])
+        left, right = left.unsqueeze(0), right.unsqueeze(0)
+    gx, gleft, gright = _backward(gy, x, left, right, ncols, want_x, want_w)
+    gx = None if gx is None else gx.view(*lead, ncols)
+    if batched or gleft is None or gright is None:
+        return gx, gleft, gright
+    return gx, gleft[0], gright[0]
+
+
+def _backward(gy: Tensor, x: Tensor, left: Tensor, right: Tensor, ncols: int, want_x: bool, want_w: bool) -> Gradients:
     G, T, _ = gy.shape
     L, S, _ = left.shape[1:]
     K, Q, P = right.shape[1:]
@@ -107,20 +117,20 @@ def backward(
     gleft, gright = (torch.empty_like(left), torch.empty_like(right)) if want_w else (None, None)
     gyj = _deinterleave(gy, L, S)
     for g in range(G):
-        gh = torch.empty((T, K, L, c), dtype=gy.dtype, device=gy.device)
-        lefts = left[g].unflatten(2, (K, c))  # (l, s, k, c)
+        gh = torch.empty((T, K, L * c), dtype=gy.dtype, device=gy.device)
         for i in range(K):
-            torch.bmm(gyj[g], lefts[:, :, i], out=gh[:, i].transpose(0, 1))
-        ghk = gh.flatten(2).transpose(0, 1)  # (k, T, (l, c))
-        if gleft is not None and gright is not None and x is not None:
+            columns = _view(left[g], (L, S, c), (S * K * c, K * c, 1), i * c)
+            torch.bmm(gyj[g], columns, out=_view(gh, (L, T, c), (c, K * L * c, 1), i * L * c))
+        ghk = gh.transpose(0, 1)  # (k, T, (l, c))
+        if gleft is not None and gright is not None:
             xk = _blocks(x[g], K, P)
-            h = _hidden(xk, right[g], L)
-            torch.bmm(gyj[g].mT, h.flatten(2), out=gleft[g])
-            gright[g] = torch.bmm(ghk.mT, xk).unflatten(1, (L, c)).transpose(1, 2).flatten(1, 2)
+            torch.bmm(gyj[g].mT, _hidden(xk, right[g], L), out=gleft[g])
+            found = torch.bmm(ghk.mT, xk)  # (k, (l, c), p)
+            gright[g] = _view(found, (K, c, L, P), (Q * P, P, c * P, 1)).flatten(1, 2)
         if gx is not None:
-            folded = right[g].unflatten(1, (c, L)).transpose(1, 2).flatten(1, 2)  # (k, (l, c), p)
+            folded = _view(right[g], (K, L, c, P), (Q * P, P, L * P, 1)).flatten(1, 2)  # (k, (l, c), p)
             if ncols == K * P:
-                torch.bmm(ghk, folded, out=gx[g].unflatten(1, (K, P)).transpose(0, 1))
+                torch.bmm(ghk, folded, out=_view(gx[g], (K, T, P), (P, ncols, 1)))
             else:
                 gx[g] = torch.bmm(ghk, folded).transpose(0, 1).flatten(1)[:, :ncols]
     return gx, gleft, gright

@@ -14,9 +14,10 @@ from structmat_kernels.launches import Launch, arithmetic, processors
 from structmat_kernels.monarch import backward as kb
 from structmat_kernels.monarch import large
 from structmat_kernels.monarch import strided as ks
+from structmat_kernels.monarch import wide as kw
 from structmat_kernels.monarch.large import Gradients
 from structmat_kernels.monarch.launch import Call, hidden, rows
-from structmat_kernels.monarch.rules import WIDEST, Factors, choose_backward
+from structmat_kernels.monarch.rules import Factors, choose_backward
 from structmat_kernels.sizes import cdiv, pad
 from structmat_kernels.tuning import Config
 
@@ -43,14 +44,12 @@ def backward(
     want_x: bool,
     want_w: bool,
     config: Config | None = None,
-) -> Gradients | None:
-    """Gradients (x, left, right), None for what is not wanted; None alone where no kernel serves.
+) -> Gradients:
+    """Gradients (x, left, right), None for what is not wanted.
 
     Without ``want_w``, x is not read: this is the transposed product. Shapes are those of ``launch.forward``.
     """
     z = Factors(*left.shape[-3:], *right.shape[-3:])
-    if z.widest > WIDEST:
-        return large.backward(gy, x, left, right, ncols, want_x, want_w) if z.Q % z.L == 0 else None
     lead, nrows = gy.shape[:-1], gy.shape[-1]
     gy, G, T, _, *gy_strides = rows(gy, left.ndim == 4)
     left, right = left.contiguous(), right.contiguous()
@@ -59,18 +58,20 @@ def backward(
         return gx, torch.zeros_like(left) if want_w else None, torch.zeros_like(right) if want_w else None
     # What is not wanted is neither read nor written: any tensor stands for it.
     x, _, _, n, *strides = rows(x, left.ndim == 4) if want_w and x is not None else (gy, G, T, ncols, 0, 0)
-    gx = torch.empty((*lead, ncols), dtype=gy.dtype, device=gy.device) if want_x else gy
-    gleft, gright = (torch.empty_like(left), torch.empty_like(right)) if want_w else (gy, gy)
     precision = torch.get_float32_matmul_precision()
     call = Call(gy.device, gy.dtype, precision, G, T, n, tuple(strides), z, nrows, "", False)
     key = BackwardCall(call, tuple(gy_strides), ncols, want_x, want_w)
     plan = _plan(key) if config is None else _build(key, config)
+    if plan is None:
+        return large.backward(gy, x, left, right, ncols, want_x, want_w, lead)
+    gx = torch.empty((*lead, ncols), dtype=gy.dtype, device=gy.device) if want_x else gy
+    gleft, gright = (torch.empty_like(left), torch.empty_like(right)) if want_w else (gy, gy)
     plan(gy, x, left, right, gx, gleft, gright)
     return gx if want_x else None, gleft if want_w else None, gright if want_w else None
 
 
 @functools.lru_cache(1024)
-def _plan(key: BackwardCall) -> Plan:
+def _plan(key: BackwardCall) -> Plan | None:
     call = key.call
     return _build(key, choose_backward(call.z, call.T, call.dtype, call.device))
 
@@ -80,23 +81,16 @@ def _split(tiles: int, programs: int, target: int) -> int:
     return max(1, min(tiles, target // max(programs, 1)))
 
 
-def _build(key: BackwardCall, c: Config) -> Plan:
+def _build(key: BackwardCall, c: Config) -> Plan | None:
     """Hidden entries again (for the gradients of left), left stage, right stage, the sums of partial sums."""
-    call, (want_x, want_w) = key.call, key[-2:]
-    z, T, G = call.z, call.T, call.G
-    TT = c["TT"]
-    tiles = cdiv(T, TT)
+    if c["path"] == "cublas":
+        return None
+    call, want_w = key.call, key.want_w
+    z, G, TT = call.z, call.G, c["TT"]
+    tiles = cdiv(call.T, TT)
     h_shape, first = hidden(call, c["hidden"] | {"TT": TT})
-    second, lefts = (_strided_left if c["path"] == "strided" else _general_left)(key, c, tiles)
-    r = c["right"]
-    TX = max(r["TX"], TT)
-    spans = cdiv(T, TX)
-    rights = _split(spans, G * z.K, r["programs"])
-    third = Launch(
-        kb.right_backward, (z.K, rights, G), (T, key.ncols, tiles, spans, rights, G, *call.strides), L=z.L, R=z.R,
-        K=z.K, Q=z.Q, P=z.P, TT=TT, TX=TX, BQ=pad(z.Q), BP=pad(z.P), STAGES=r["STAGES"], WANT_X=want_x, WANT_W=want_w,
-        **arithmetic(call.dtype), num_warps=r["num_warps"],
-    )  # fmt: skip
+    second, lefts = {"strided": _strided_left, "general": _general_left, "wide": _wide_left}[c["path"]](key, c, tiles)
+    third, rights = (_wide_right if c["path"] == "wide" else _right)(key, c, tiles)
     left_size, right_size = G * z.L * z.S * z.R, G * z.K * z.Q * z.P
     reduce = _reduction(left_size, right_size, lefts, rights)
 
@@ -115,6 +109,70 @@ def _build(key: BackwardCall, c: Config) -> Plan:
         reduce(left_sums, gleft, right_sums, gright)
 
     return plan
+
+
+def _right(key: BackwardCall, c: Config, tiles: int) -> tuple[Callable[..., None], int]:
+    """The launch (gh, right, x, gx, sums) and its number of partial sums."""
+    call, r = key.call, c["right"]
+    z, G = call.z, call.G
+    TX = max(r["TX"], c["TT"])
+    spans = cdiv(call.T, TX)
+    walkers = _split(spans, G * z.K, r["programs"])
+    run = Launch(
+        kb.right_backward, (z.K, walkers, G), (call.T, key.ncols, tiles, spans, walkers, G, *call.strides), L=z.L,
+        R=z.R, K=z.K, Q=z.Q, P=z.P, TT=c["TT"], TX=TX, BQ=pad(z.Q), BP=pad(z.P), STAGES=r["STAGES"],
+        WANT_X=key.want_x, WANT_W=key.want_w, **arithmetic(call.dtype), num_warps=r["num_warps"],
+    )  # fmt: skip
+    return run, walkers
+
+
+def _wide_left(key: BackwardCall, c: Config, tiles: int) -> tuple[Callable[..., None], int]:
+    """As ``_strided_left``, for blocks that are larger than a tile."""
+    call = key.call
+    z, T, G, TT = call.z, call.T, call.G, c["TT"]
+    BS, BR = min(c["SIDE"], pad(z.S)), min(c["SIDE"], pad(z.R))
+    TX = max(c["TX"], TT)
+    pieces = z.L * cdiv(z.S, BS) * cdiv(z.R, BR)
+    walkers = _split(tiles, G * pieces, c["programs"])
+    sort = large.deinterleaving(T, call.nrows, key.gy_strides, z.L, z.S, G)
+    common = {"L": z.L, "S": z.S, "R": z.R, "TT": TT, "BR": BR, "STAGES": c["STAGES"], **arithmetic(call.dtype)}
+    common |= {"num_warps": c["num_warps"]}
+    grid = (cdiv(T, TX) * z.L * cdiv(z.R, BR), G)
+    multiply = Launch(kw.hidden_gradient, grid, (T, tiles), TX=TX, BK=min(c["BK"], pad(z.S)), **common)
+    add = Launch(kw.left_sums, (pieces, walkers, G), (T, tiles, walkers, G), BS=BS, **common)
+
+    def both(gy: Tensor, left: Tensor, h: Tensor, gh: Tensor, sums: Tensor) -> None:
+        by_left = torch.empty((G, z.L, T, z.S), dtype=gy.dtype, device=gy.device)
+        sort(gy, by_left)
+        multiply(by_left, left, gh)
+        if key.want_w:
+            add(by_left, h, sums)
+
+    return both, walkers
+
+
+def _wide_right(key: BackwardCall, c: Config, tiles: int) -> tuple[Callable[..., None], int]:
+    """As ``_right``, for blocks that are larger than a tile."""
+    call = key.call
+    z, T, G, TT = call.z, call.T, call.G, c["TT"]
+    BQ, BP = min(c["SIDE"], pad(z.Q)), min(c["SIDE"], pad(z.P))
+    TX = max(c["TX"], TT)
+    pieces = z.K * cdiv(z.Q, BQ) * cdiv(z.P, BP)
+    walkers = _split(tiles, G * pieces, c["programs"])
+    common = {"L": z.L, "R": z.R, "K": z.K, "Q": z.Q, "P": z.P, "TT": TT, "BP": BP, "STAGES": c["STAGES"]}
+    common |= arithmetic(call.dtype) | {"num_warps": c["num_warps"]}
+    grid = (cdiv(T, TX) * z.K * cdiv(z.P, BP), G)
+    multiply = Launch(kw.input_gradient, grid, (T, key.ncols, tiles), TX=TX, BK=min(c["BK"], pad(z.Q)), **common)
+    sizes = (T, key.ncols, tiles, walkers, G, *call.strides)
+    add = Launch(kw.right_sums, (pieces, walkers, G), sizes, BQ=BQ, **common)
+
+    def both(gh: Tensor, right: Tensor, x: Tensor, gx: Tensor, sums: Tensor) -> None:
+        if key.want_x:
+            multiply(gh, right, gx)
+        if key.want_w:
+            add(gh, x, sums)
+
+    return both, walkers
 
 
 def _strided_left(key: BackwardCall, c: Config, tiles: int) -> tuple[Callable[..., None], int]:

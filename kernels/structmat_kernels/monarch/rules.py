@@ -47,7 +47,7 @@ def choose(z: Factors, tokens: int, dtype: torch.dtype, device: torch.device) ->
             tile = {"TX": TT, "TT": TT, "BA": 64 if Q >= 512 else 32, "JB": 1 if TT == 16 else 2, "BU": 16, "BR": 64}
             deep = {"RSTAGES": deep, "STAGES": deep}
             return {"path": "stages", "right_warps": 4, "BATCHED": False, "num_warps": 4} | tile | deep
-        if Q % L == 0 and not (half and L <= 8 and z.widest <= 512):
+        if Q % L == 0 and not (half and L <= 8 and Q // L < 256):
             return {"path": "cublas"}
         stages = 3 if half and large else 2
         tile = {"TX": 128, "BA": 128, "right_warps": 8, "RSTAGES": stages, "TT": 64, "BU": 64, "BR": 64 if half else 32}
@@ -64,8 +64,10 @@ def choose(z: Factors, tokens: int, dtype: torch.dtype, device: torch.device) ->
         needed = item * (JB * BI * (BP + BU) + 2 * BI * 16 * BP + JB * 16 * max(BI, BU))
         if direct and pad(L) >= JB and needed <= room:
             return {"path": "resident", "TT": 16, "JB": JB, "STAGES": 3, "num_warps": warps, "CTAS": 1}
-    if L >= 16 and item * 16 * (BU * BI + 2 * BI * 16 + 16 * BU) <= room:
-        return stages | {"TT": 16, "JB": 16, "BU": BU, "BR": BI, "STAGES": 3, "num_warps": 8, "CTAS": 1}
+    # Left blocks of 16 groups in shared memory, whole or, where the outputs are most of the traffic, halves of them.
+    for rows in (BU, BU // 2, BU // 4) if S > R else (BU,):
+        if L >= 16 and rows >= 16 and item * 16 * (rows * BI + 2 * BI * 16 + 17 * rows) <= room:
+            return stages | {"TT": 16, "JB": 16, "BU": rows, "BR": BI, "STAGES": 3, "num_warps": 8, "CTAS": 1}
     if L < 16:
         tile = {"TT": 64, "BU": 64, "BR": 64 if half else 32, "num_warps": 4, "BATCHED": False}
     elif half and large:
@@ -79,13 +81,21 @@ def choose_backward(z: Factors, tokens: int, dtype: torch.dtype, device: torch.d
     """The configuration of the gradients.
 
     Paths: "strided" (the left kernel reads the gradient of the outputs as it lies: the faster way for blocks up to 32),
-    "general" (a copy sorts it by left block first).
+    "general" (a copy sorts it by left block first), "wide" (the same for blocks larger than a tile), "cublas".
     """
     found = lookup("monarch_backward", device, dtype, tuple(z), tokens)
     if found:
         return found
     half = dtype.itemsize == 2
     stages = {"STAGES": 3 if half else 1, "num_warps": 8 if z.widest > 64 else 4}
+    if z.widest > WIDEST:
+        if z.Q % z.L == 0 and z.Q // z.L >= 256:
+            return {"path": "cublas"}
+        first = {"TX": 128, "BA": 128, "RSTAGES": 3 if half else 2, "right_warps": 8}
+        tile = (
+            {"SIDE": 128, "TX": 128, "BK": 64, "STAGES": 3} if half else {"SIDE": 64, "TX": 64, "BK": 32, "STAGES": 2}
+        )
+        return {"path": "wide", "TT": 64, "num_warps": 8, "programs": 132, "hidden": first} | tile
     first = {"TX": 64, "BA": 64, "RSTAGES": 2, "right_warps": 4}
     c = {"hidden": first, "right": stages | {"TX": 64, "programs": 256}}
     if half and z.widest <= 32 and z.L >= 8:
