@@ -88,7 +88,7 @@ def tune(rows: int, columns: int, blocks: int, tokens: int, dtype: torch.dtype) 
 
     def backward(config: Config) -> Tensor | None:
         grads = launch_backward.backward(gy, x, left, right, columns, True, True, config)
-        return None if grads is None or grads[0] is None else grads[0][:, head]
+        return None if grads[0] is None else grads[0][:, head]
 
     back = reference.monarch_transposed(gy[:, head].double(), left.double(), right.double(), columns)
     work = (

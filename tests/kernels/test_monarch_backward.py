@@ -42,10 +42,6 @@ def close(got, expected, bound=None, name=""):
     assert error <= bound * expected.norm(), f"{name}: {error / expected.norm()}"
 
 
-def backward(config, *args):
-    return launch_backward.backward(*args, config)
-
-
 def backward_serves(path, shape):
     l, q = shape[0], shape[4]
     return path != "cublas" or q % l == 0
@@ -65,10 +61,18 @@ def operands(monarch_operands, embed):
 
 
 def check_backward(config, gy, x, left, right, wants=((True, True),), bound=None):
-    expected = reference.monarch_backward(gy.double(), x.double(), left.double(), right.double())
+    """The gradients of x, of the factors, and of a bias, with and without the last."""
+    expected = (
+        *reference.monarch_backward(gy.double(), x.double(), left.double(), right.double()),
+        gy.double().sum(-2),
+    )
     for want_x, want_w in wants:
-        got = backward(config, gy, x if want_w else None, left, right, x.shape[-1], want_x, want_w)
-        for name, g, e, want in zip(("x", "left", "right"), got, expected, (want_x, want_w, want_w), strict=True):
+        want_b = len(wants) == 1 or not (want_x and want_w)
+        got = launch_backward.backward(
+            gy, x if want_w else None, left, right, x.shape[-1], want_x, want_w, config, want_b=want_b
+        )
+        wanted = (want_x, want_w, want_w, want_b)
+        for name, g, e, want in zip(("x", "left", "right", "bias"), got, expected, wanted, strict=True):
             assert (g is None) == (not want)
             if want:
                 assert g.dtype == gy.dtype

@@ -18,15 +18,19 @@ from structmat_kernels.monarch.kernel import _dot, _store_outputs
 
 @triton.jit
 def deinterleave(
-    gy, out, T, nrows, gy_batch, gy_token,
-    L: tl.constexpr, S: tl.constexpr, TT: tl.constexpr, JB: tl.constexpr, BU: tl.constexpr,
+    gy, out, sums, T, nrows, batches, gy_batch, gy_token,
+    L: tl.constexpr, S: tl.constexpr, TT: tl.constexpr, REPEAT: tl.constexpr, JB: tl.constexpr, BU: tl.constexpr,
+    WANT_B: tl.constexpr,
 ):  # fmt: skip
-    """``out[j, t, u] = gy[t, u l + j]``, zero where gy has no such column."""
+    """``out[j, t, u] = gy[t, u l + j]``, zero where gy has no such column, for REPEAT times TT tokens a program.
+
+    WANT_B: their sums of gy, of which the gradient of a bias is made, into row (REPEAT TT tokens, g) of ``sums``.
+    """
     groups: tl.constexpr = (L + JB - 1) // JB
     chunks: tl.constexpr = (S + BU - 1) // BU
     pid = tl.program_id(0)
     g = tl.program_id(1).to(tl.int64)
-    t = (pid // (groups * chunks)).to(tl.int64) * TT + tl.arange(0, TT)
+    part = (pid // (groups * chunks)).to(tl.int64)
     j0 = pid // chunks % groups * JB
     u0 = (pid % chunks) * BU
     e = tl.arange(0, BU * JB)
@@ -36,17 +40,24 @@ def deinterleave(
         keep &= j0 + e % JB < L
     if JB != L and S % BU != 0:
         keep &= u0 + e // JB < S
-    v = tl.load(
-        gy + g * gy_batch + t[:, None] * gy_token + col[None, :], mask=(t < T)[:, None] & keep[None, :], other=0.0
-    )
     j = (j0 + tl.arange(0, JB)).to(tl.int64)
     u = u0 + tl.arange(0, BU)
-    at = out + ((g * L + j[:, None, None]) * T + t[None, :, None]) * S + u[None, None, :]
-    tl.store(
-        at,
-        tl.permute(tl.reshape(v, (TT, BU, JB)), (2, 0, 1)),
-        mask=(j < L)[:, None, None] & (t < T)[None, :, None] & (u < S)[None, None, :],
-    )
+    total = tl.zeros((BU * JB,), tl.float32)
+    for step in range(REPEAT):
+        t = (part * REPEAT + step) * TT + tl.arange(0, TT)
+        v = tl.load(
+            gy + g * gy_batch + t[:, None] * gy_token + col[None, :], mask=(t < T)[:, None] & keep[None, :], other=0.0
+        )
+        at = out + ((g * L + j[:, None, None]) * T + t[None, :, None]) * S + u[None, None, :]
+        tl.store(
+            at,
+            tl.permute(tl.reshape(v, (TT, BU, JB)), (2, 0, 1)),
+            mask=(j < L)[:, None, None] & (t < T)[None, :, None] & (u < S)[None, None, :],
+        )
+        if WANT_B:
+            total += tl.sum(v.to(tl.float32), 0)
+    if WANT_B:
+        tl.store(sums + (part * batches + g) * nrows + col, total, mask=keep)
 
 
 @triton.jit

@@ -6,6 +6,9 @@ entries contiguously need no permutation of data. Only the outputs are interleav
 
 from __future__ import annotations
 
+import functools
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -14,16 +17,22 @@ from structmat_kernels.launches import Launch, launch
 from structmat_kernels.monarch import backward as kb
 from structmat_kernels.sizes import cdiv, pad, power
 
-Gradients = tuple[Tensor | None, Tensor | None, Tensor | None]
+Three = tuple[Tensor | None, Tensor | None, Tensor | None]
+
+
+#: Tokens that one program of these kernels takes.
+PART = 64
 
 
 def _tiles(L: int, S: int) -> dict[str, int]:
-    return {"TT": 16, "JB": min(16, power(L)), "BU": min(64, pad(S))}
+    # Between 16 and 32 left blocks all at once: rows of them are adjacent in memory.
+    JB = 32 if 16 < L < 32 else min(16, power(L))
+    return {"TT": 16, "JB": JB, "BU": min(1024 // JB, pad(S))}
 
 
-def _grid(T: int, L: int, S: int, G: int) -> tuple[int, int]:
+def _columns(L: int, S: int) -> int:
     tile = _tiles(L, S)
-    return cdiv(T, 16) * cdiv(L, tile["JB"]) * cdiv(S, tile["BU"]), G
+    return cdiv(L, tile["JB"]) * cdiv(S, tile["BU"])
 
 
 def interleave(z: Tensor, bias: Tensor, nrows: int, activation: str, has_bias: bool) -> Tensor:
@@ -31,13 +40,24 @@ def interleave(z: Tensor, bias: Tensor, nrows: int, activation: str, has_bias: b
     G, L, T, S = z.shape
     y = torch.empty((G, T, nrows), dtype=z.dtype, device=z.device)
     more = {"ACT": activation, "HAS_BIAS": has_bias, "num_warps": 4}
-    launch(kb.interleave, _grid(T, L, S, G), (z, bias, y), (T, nrows), L=L, S=S, **_tiles(L, S), **more)
+    grid = (cdiv(T, 16) * _columns(L, S), G)
+    launch(kb.interleave, grid, (z, bias, y), (T, nrows), L=L, S=S, **_tiles(L, S), **more)
     return y
 
 
-def deinterleaving(T: int, nrows: int, strides: tuple[int, ...], L: int, S: int, G: int) -> Launch:
-    """The launch (gy, out) that writes the gradient (G, T, nrows) of the outputs as (G, l, T, s)."""
-    return Launch(kb.deinterleave, _grid(T, L, S, G), (T, nrows, *strides), L=L, S=S, **_tiles(L, S), num_warps=4)
+def deinterleaving(T: int, nrows: int, strides: tuple[int, ...], L: int, S: int, G: int, want_b: bool) -> Launch:
+    """The launch (gy, out, sums) that writes the gradient (G, T, nrows) of the outputs as (G, l, T, s).
+
+    ``want_b``: and its sums over every PART tokens as (parts, G, nrows).
+    """
+    more = {"REPEAT": PART // 16, "WANT_B": want_b, "num_warps": 4}
+    grid = (cdiv(T, PART) * _columns(L, S), G)
+    return Launch(kb.deinterleave, grid, (T, nrows, G, *strides), L=L, S=S, **_tiles(L, S), **more)
+
+
+@functools.lru_cache(256)
+def _deinterleaving(device: torch.device, dtype: torch.dtype, *sizes: Any) -> Launch:
+    return deinterleaving(*sizes, want_b=False)
 
 
 def _deinterleave(gy: Tensor, L: int, S: int) -> Tensor:
@@ -45,8 +65,7 @@ def _deinterleave(gy: Tensor, L: int, S: int) -> Tensor:
     out = torch.empty((G, L, T, S), dtype=gy.dtype, device=gy.device)
     if out.numel():
         gy = gy if gy.stride(-1) == 1 else gy.contiguous()
-        sizes = (T, nrows, gy.stride(0), gy.stride(1))
-        launch(kb.deinterleave, _grid(T, L, S, G), (gy, out), sizes, L=L, S=S, **_tiles(L, S), num_warps=4)
+        _deinterleaving(gy.device, gy.dtype, T, nrows, (gy.stride(0), gy.stride(1)), L, S, G)(gy, out, out)
     return out
 
 
@@ -95,7 +114,7 @@ def forward(
 
 def backward(
     gy: Tensor, x: Tensor, left: Tensor, right: Tensor, ncols: int, want_x: bool, want_w: bool, lead: torch.Size
-) -> Gradients:
+) -> Three:
     """See launch_backward.backward; l divides q. Operands are as ``launch.rows`` leaves them."""
     batched = left.ndim == 4
     if not batched:
@@ -108,7 +127,7 @@ def backward(
     return gx, gleft[0], gright[0]
 
 
-def _backward(gy: Tensor, x: Tensor, left: Tensor, right: Tensor, ncols: int, want_x: bool, want_w: bool) -> Gradients:
+def _backward(gy: Tensor, x: Tensor, left: Tensor, right: Tensor, ncols: int, want_x: bool, want_w: bool) -> Three:
     G, T, _ = gy.shape
     L, S, _ = left.shape[1:]
     K, Q, P = right.shape[1:]

@@ -61,18 +61,16 @@ def _gradients(
     with _backend.launching(x):
         if activation:
             gy = reference.activation_backward(gy, _forward(x, left, right, bias, nrows, ""), activation)
-        grads = (None, None, None)
-        if want_x or want_w:
-            found = None
-            if _backend.runs_kernels(x):
-                from structmat_kernels.monarch import launch_backward
+        want_bias = want_bias and bias is not None and bias.numel() > 0
+        if _backend.runs_kernels(x) and (want_x or want_w):
+            from structmat_kernels.monarch import launch_backward
 
-                found = launch_backward.backward(gy, x, left, right, x.shape[-1], want_x, want_w)
-            grads = found or _reference_gradients(gy, x, left, right)
-        gbias = None
-        if want_bias and bias is not None:
-            gbias = (gy.flatten(0, -2).sum(0) if left.ndim == 3 else gy.sum(-2)) if bias.numel() else bias.clone()
-        return [*(g if need else None for g, need in zip(grads, needs[:3], strict=True)), gbias]
+            grads = launch_backward.backward(gy, x, left, right, x.shape[-1], want_x, want_w, want_b=want_bias)
+        else:
+            three = _reference_gradients(gy, x, left, right) if want_x or want_w else (None, None, None)
+            gbias = (gy.flatten(0, -2).sum(0) if left.ndim == 3 else gy.sum(-2)) if want_bias else None
+            grads = (*three, gbias)
+        return [g if need else None for g, need in zip(grads, needs, strict=True)]
 
 
 def _reference_gradients(gy: Tensor, x: Tensor, left: Tensor, right: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -95,7 +93,8 @@ def _monarch_backward(
             torch.cat(grads) if need else grads[0] for grads, need in zip(zip(*found, strict=True), needs, strict=True)
         ]
     grads = _gradients(gy, x, left, right, bias, nrows, activation, needs)
-    return [x.new_empty(0) if g is None else g for g in grads]
+    none = bias if needs[3] else x.new_empty(0)  # a bias without entries
+    return [(none.clone() if i == 3 else x.new_empty(0)) if g is None else g for i, g in enumerate(grads)]
 
 
 @_monarch_backward.register_fake
@@ -116,7 +115,7 @@ def _transposed(y: Tensor, left: Tensor, right: Tensor, ncols: int) -> Tensor:
             from structmat_kernels.monarch import launch_backward
 
             found = launch_backward.backward(y, None, left, right, ncols, True, False)
-            if found is not None and found[0] is not None:
+            if found[0] is not None:
                 return found[0]
         return reference.monarch_transposed(y, left, right, ncols).contiguous()
 

@@ -54,7 +54,9 @@ def choose(z: Factors, tokens: int, dtype: torch.dtype, device: torch.device) ->
         return {"path": "stages", "JB": 4, "BATCHED": False, "STAGES": stages, "num_warps": 4} | tile
     if tokens * K * P <= 16384 or (K * P <= 2048 and tokens <= 16):
         return {"path": "small", "TT": 1, "BI": 64, "num_warps": 8}
-    stages = {"path": "stages", "BA": 64 if Q <= 64 else 128, "TX": 64, "right_warps": 4, "BATCHED": True}
+    # Sixteen kilobytes of x a program.
+    stages = {"path": "stages", "BA": 64 if Q <= 64 else 128, "TX": 256 if P <= 32 else 64, "right_warps": 4}
+    stages |= {"BATCHED": True}
     if tokens <= 128:
         tile = {"TT": 16, "TX": 16, "BA": 32, "JB": 4 if tokens <= 16 else 8, "BU": 16, "BR": 64 if half else 32}
         return stages | tile | {"STAGES": 2, "num_warps": 4}
@@ -64,10 +66,12 @@ def choose(z: Factors, tokens: int, dtype: torch.dtype, device: torch.device) ->
         needed = item * (JB * BI * (BP + BU) + 2 * BI * 16 * BP + JB * 16 * max(BI, BU))
         if direct and pad(L) >= JB and needed <= room:
             return {"path": "resident", "TT": 16, "JB": JB, "STAGES": 3, "num_warps": warps, "CTAS": 1}
-    # Left blocks of 16 groups in shared memory, whole or, where the outputs are most of the traffic, halves of them.
-    for rows in (BU, BU // 2, BU // 4) if S > R else (BU,):
-        if L >= 16 and rows >= 16 and item * 16 * (rows * BI + 2 * BI * 16 + 17 * rows) <= room:
-            return stages | {"TT": 16, "JB": 16, "BU": rows, "BR": BI, "STAGES": 3, "num_warps": 8, "CTAS": 1}
+    # Left blocks in shared memory, JB of them (all where fewer than 32: rows of outputs are then adjacent in memory),
+    # whole or, where the outputs are most of the traffic, pieces of them.
+    JB = 32 if 16 < L < 32 else 16
+    for rows in (BU, BU // 2, BU // 4) if S > R or JB == 32 else (BU,):
+        if L >= 16 and rows >= 16 and item * JB * (rows * BI + 2 * BI * 16 + 17 * rows) <= room:
+            return stages | {"TT": 16, "JB": JB, "BU": rows, "BR": BI, "STAGES": 3, "num_warps": 8, "CTAS": 1}
     if L < 16:
         tile = {"TT": 64, "BU": 64, "BR": 64 if half else 32, "num_warps": 4, "BATCHED": False}
     elif half and large:

@@ -125,12 +125,18 @@ def _reduce(partial, out, pid, size, splits, BLOCK: tl.constexpr, ROWS: tl.const
 
 @triton.jit
 def reduce(
-    first, first_out, second, second_out, blocks, first_size, second_size, first_splits, second_splits,
-    BLOCK: tl.constexpr, ROWS: tl.constexpr,
+    first, first_out, second, second_out, third, third_out, first_blocks, second_blocks, first_size, second_size,
+    third_size, first_splits, second_splits, third_splits,
+    BLOCK: tl.constexpr, ROWS: tl.constexpr, SHORT: tl.constexpr, LONG: tl.constexpr,
 ):  # fmt: skip
-    """Sums over the leading dimension of two stacks of partial sums; ``blocks`` programs do the first."""
+    """Sums over the leading dimension of three stacks of partial sums, by so many blocks of programs for each.
+
+    Tiles of ROWS x BLOCK entries; of the third stack, which is high and narrow, of LONG x SHORT.
+    """
     pid = tl.program_id(0)
-    if pid < blocks:
+    if pid < first_blocks:
         _reduce(first, first_out, pid, first_size, first_splits, BLOCK, ROWS)
+    elif pid < first_blocks + second_blocks:
+        _reduce(second, second_out, pid - first_blocks, second_size, second_splits, BLOCK, ROWS)
     else:
-        _reduce(second, second_out, pid - blocks, second_size, second_splits, BLOCK, ROWS)
+        _reduce(third, third_out, pid - first_blocks - second_blocks, third_size, third_splits, SHORT, LONG)
