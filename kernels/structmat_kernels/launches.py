@@ -7,12 +7,14 @@ than many of them run. Here whoever launches says which arguments are sizes; wha
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from structmat_kernels import backend
+from structmat_kernels.tuning import Config
 
 #: Triton compiles special versions for pointers that are multiples of this many bytes.
 ALIGNMENT = 16
@@ -58,6 +60,28 @@ def _launch(
     kernel: Any, grid: tuple[int, ...], scalars: tuple, device: torch.device, dtypes: tuple, constants: tuple
 ) -> Launch:
     return Launch(kernel, grid, scalars, **dict(constants))
+
+
+class Preferences:
+    """The first of some plans for whose kernels the device has room; which that is, their first call shows.
+
+    Args:
+        configs: in order of preference.
+        build: makes a plan of a configuration: a function of the tensors.
+    """
+
+    def __init__(self, configs: list[Config], build: Callable[[Config], Callable[..., Any]]) -> None:
+        self._rest, self._build = configs[1:], build
+        self._plan = build(configs[0])
+
+    def __call__(self, *tensors: Tensor) -> Any:
+        while True:
+            try:
+                return self._plan(*tensors)
+            except Exception as error:  # Triton's class of this error is not imported where nothing needs Triton
+                if type(error).__name__ != "OutOfResources" or not self._rest:
+                    raise
+            self._plan = self._build(self._rest.pop(0))
 
 
 @functools.cache

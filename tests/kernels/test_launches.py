@@ -79,6 +79,33 @@ def test_everything_that_a_kernel_is_compiled_for_tells_launches_apart():
         assert usual[1:] == (kept[1], kept[2][:-2])
 
 
+class OutOfResources(Exception):
+    pass
+
+
+def test_what_does_not_fit_gives_way_to_what_does():
+    built = []
+
+    def build(config):
+        built.append(config["size"])
+
+        def plan(x):
+            if config["size"] > 2:
+                raise OutOfResources(f"{config['size']} is more than 2")
+            if config["size"] == 0:
+                raise ValueError("nothing left")
+            return config["size"] * x
+
+        return plan
+
+    run = launches.Preferences([{"size": size} for size in (4, 3, 2, 1)], build)
+    assert [run(10), run(5)] == [20, 10] and built == [4, 3, 2]
+    with pytest.raises(OutOfResources, match="3 is more"):
+        launches.Preferences([{"size": 4}, {"size": 3}], build)(1)
+    with pytest.raises(ValueError, match="nothing left"):  # other errors are no reason to go on
+        launches.Preferences([{"size": 0}, {"size": 1}], build)(1)
+
+
 def test_sizes_without_a_device():
     cpu = torch.device("cpu")
     assert launches.processors(cpu) == 2 and launches.shared_memory(cpu) == 232_448

@@ -29,10 +29,9 @@ SHAPES = {
 RIGHT = {"TX": 32, "STAGES": 1, "num_warps": 4, "programs": 64}
 HIDDEN = {"TX": 32, "BA": 16, "RSTAGES": 1, "right_warps": 4}
 GENERAL = {"path": "general", "TT": 16, "STAGES": 1, "num_warps": 4, "programs": 64, "hidden": HIDDEN, "right": RIGHT}
-STRIDED = GENERAL | {"path": "strided", "JB": 8, "BR": 16, "HOLD": False, "SPREAD": True, "CTAS": 1}
 WIDE = {"path": "wide", "TT": 16, "TX": 32, "SIDE": 16, "BK": 16, "STAGES": 1, "num_warps": 4, "programs": 64}
 WIDE |= {"hidden": HIDDEN}
-BACKWARD = {"strided": STRIDED, "general": GENERAL, "wide": WIDE, "cublas": {"path": "cublas"}}
+BACKWARD = {"general": GENERAL, "wide": WIDE, "cublas": {"path": "cublas"}}
 
 
 def close(got, expected, bound=None, name=""):
@@ -105,18 +104,14 @@ def test_in_half_precision(device, path, operands, poisoned):
     for dtype in HALF:
         args = operands("rectangular", 19, dtype, device)
         check_backward(BACKWARD[path], *args)
-        if path == "strided":
-            check_backward(BACKWARD[path] | {"HOLD": True, "SPREAD": False}, *args)
-            if device == "cuda":  # the interpreter never holds
-                check_backward(BACKWARD[path] | {"HOLD": True}, *args)
 
 
 def test_ranges_of_tokens_are_added(device, operands, poisoned):
     """However many programs share the tokens, each of which takes every so many-th tile."""
     args = operands("square", 67, torch.float32, device)
-    for path, share in (("general", "programs"), ("strided", "CTAS")):
+    for path in ("general", "wide"):
         for count in (1, 1000):
-            check_backward(BACKWARD[path] | {share: count, "right": RIGHT | {"programs": count}}, *args)
+            check_backward(BACKWARD[path] | {"programs": count, "right": RIGHT | {"programs": count}}, *args)
 
 
 def test_rule(device, monkeypatch, operands, poisoned):
@@ -126,12 +121,13 @@ def test_rule(device, monkeypatch, operands, poisoned):
     names = ("sixteens", "rectangular", "prime", *large)
     for name, dtype in zip(names, (torch.float16, torch.float16, *3 * [torch.float32]), strict=True):
         gy, x, left, right = operands(name, 19, dtype, device)
-        config = rules.choose_backward(rules.Factors(*left.shape[1:], *right.shape[1:]), 19, dtype, x.device)
-        seen.add(config["path"])
-        check_backward(config, gy, x, left, right)
-    assert seen == {"strided", "general", "wide", "cublas"}
-    monkeypatch.setattr(rules, "lookup", lambda *_: STRIDED)
-    assert rules.choose_backward(rules.Factors(4, 4, 4, 4, 4, 4), 19, torch.float16, x.device) == STRIDED
+        configs = rules.choose_backward(rules.Factors(*left.shape[1:], *right.shape[1:]), 19, dtype, x.device)
+        seen.add(configs[0]["path"])
+        for config in configs:
+            check_backward(config, gy, x, left, right)
+    assert seen == {"general", "wide", "cublas"}
+    monkeypatch.setattr(rules, "lookup", lambda *_: GENERAL)
+    assert rules.choose_backward(rules.Factors(4, 4, 4, 4, 4, 4), 19, torch.float16, x.device) == [GENERAL]
 
 
 @pytest.mark.parametrize("path", BACKWARD)

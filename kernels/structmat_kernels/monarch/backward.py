@@ -173,3 +173,37 @@ def right_backward(
     if WANT_W:
         sums = partial + walker.to(tl.int64) * batches * K * Q * P + block
         tl.store(sums + a[:, None] * P + b[None, :], acc, mask=keep)
+
+
+@triton.jit
+def _reduce(partial, out, pid, size, splits, BLOCK: tl.constexpr, ROWS: tl.constexpr):
+    e = pid.to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    rows = tl.arange(0, ROWS)
+    acc = tl.zeros((ROWS, BLOCK), tl.float32)
+    for s in range(0, splits, ROWS):
+        k = s + rows
+        acc += tl.load(
+            partial + k[:, None].to(tl.int64) * size + e[None, :],
+            mask=(k < splits)[:, None] & (e < size)[None, :],
+            other=0.0,
+        )
+    tl.store(out + e, tl.sum(acc, 0).to(out.dtype.element_ty), mask=e < size)
+
+
+@triton.jit
+def reduce(
+    first, first_out, second, second_out, third, third_out, first_blocks, second_blocks, first_size, second_size,
+    third_size, first_splits, second_splits, third_splits,
+    BLOCK: tl.constexpr, ROWS: tl.constexpr, SHORT: tl.constexpr, LONG: tl.constexpr,
+):  # fmt: skip
+    """Sums over the leading dimension of three stacks of partial sums, by so many blocks of programs for each.
+
+    Tiles of ROWS x BLOCK entries; of the third stack, which is high and narrow, of LONG x SHORT.
+    """
+    pid = tl.program_id(0)
+    if pid < first_blocks:
+        _reduce(first, first_out, pid, first_size, first_splits, BLOCK, ROWS)
+    elif pid < first_blocks + second_blocks:
+        _reduce(second, second_out, pid - first_blocks, second_size, second_splits, BLOCK, ROWS)
+    else:
+        _reduce(third, third_out, pid - first_blocks - second_blocks, third_size, third_splits, SHORT, LONG)

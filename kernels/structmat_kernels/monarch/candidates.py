@@ -36,17 +36,19 @@ def forward(sizes: tuple[int, ...]) -> Iterator[Config]:
 
 def backward(sizes: tuple[int, ...]) -> Iterator[Config]:
     """Of the gradients."""
-    Q = sizes[4]
+    L, _, _, _, Q, _ = sizes
     widest = max(sizes[1:3] + sizes[4:])
-    hidden = {"TX": 64, "BA": min(128, max(64, Q)), "RSTAGES": 2, "right_warps": 4}
-    right = {"TX": 64, "STAGES": 3, "num_warps": 4, "programs": 256}
-    if widest <= 64:
-        base = {"path": "strided", "TT": 16, "HOLD": True, "SPREAD": True, "num_warps": 8, "CTAS": 1}
-        base |= {"hidden": hidden, "right": right}
-        for JB, BR, stages in ((8, 32, 3), (8, 32, 4), (8, 64, 3), (8, 16, 3), (8, 64, 2), (16, 32, 2)):
-            yield base | {"JB": JB, "BR": BR, "STAGES": stages}
-        yield base | {"JB": 8, "BR": 32, "STAGES": 3, "SPREAD": False}
-        yield base | {"JB": 8, "BR": 32, "STAGES": 3, "right": right | {"programs": 512}}
-    for stages, warps, programs in itertools.product((2, 3), (4, 8), (128, 256)):
-        more = {"right": right | {"num_warps": warps, "programs": programs}, "hidden": hidden}
-        yield {"path": "general", "TT": 64, "STAGES": stages, "num_warps": warps, "programs": programs} | more
+    if widest <= 128:
+        for TT, stages, warps in itertools.product((64, 128), (3, 4), (4, 8)):
+            for left, right in ((128, 256), (256, 256), (256, 512), (512, 512)):
+                more = {"hidden": {"TX": 128, "BA": 64, "RSTAGES": 2, "right_warps": 4}}
+                more["right"] = {"TX": TT, "STAGES": 3, "num_warps": 4 if TT == 64 else 8, "programs": right}
+                yield {"path": "general", "TT": TT, "STAGES": stages, "num_warps": warps, "programs": left} | more
+        return
+    if Q % L == 0:
+        yield {"path": "cublas"}
+    hidden = {"TX": 128, "BA": 128, "RSTAGES": 3, "right_warps": 8}
+    for depth, stages in ((64, 3), (32, 5)):
+        for programs, warps in itertools.product((132, 264), (4, 8)):
+            tile = {"TT": 64, "TX": 128, "SIDE": 128, "BK": depth, "STAGES": stages}
+            yield {"path": "wide", "num_warps": warps, "programs": programs, "hidden": hidden} | tile

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from structmat_kernels.launches import Launch, arithmetic, processors
+from structmat_kernels.launches import Launch, Preferences, arithmetic, processors
 from structmat_kernels.monarch import kernel as kf
 from structmat_kernels.monarch import large
 from structmat_kernels.monarch import resident as kr
@@ -90,7 +90,7 @@ def forward(
     has_bias = bias is not None and bias.numel() > 0
     precision = torch.get_float32_matmul_precision()
     call = Call(x.device, x.dtype, precision, G, T, n, tuple(strides), z, nrows, activation, has_bias)
-    plan = _plan(call) if config is None else _build(call, config)
+    plan = _plan(call) if config is None else _prefer(call, [config])
     if plan is None:
         return None
     left, right = left.contiguous(), right.contiguous()
@@ -100,12 +100,14 @@ def forward(
 
 @functools.lru_cache(1024)
 def _plan(call: Call) -> Plan | None:
-    return _build(call, choose(call.z, call.T, call.dtype, call.device))
+    return _prefer(call, choose(call.z, call.T, call.dtype, call.device))
 
 
-def _build(call: Call, c: Config) -> Plan | None:
-    if c["path"] == "reference":
-        return None
+def _prefer(call: Call, configs: list[Config]) -> Plan | None:
+    return None if configs[0]["path"] == "reference" else Preferences(configs, functools.partial(_build, call))
+
+
+def _build(call: Call, c: Config) -> Plan:
     if call.G * call.T * call.nrows == 0:
         return lambda x, left, right, bias: x.new_empty((*x.shape[:-1], call.nrows))
     if c["path"] == "cublas":

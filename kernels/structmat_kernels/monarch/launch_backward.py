@@ -9,11 +9,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from structmat_kernels import backend
-from structmat_kernels.launches import Launch, arithmetic, processors
+from structmat_kernels.launches import Launch, Preferences, arithmetic
 from structmat_kernels.monarch import backward as kb
 from structmat_kernels.monarch import large
-from structmat_kernels.monarch import strided as ks
 from structmat_kernels.monarch import wide as kw
 from structmat_kernels.monarch.launch import Call, hidden, rows
 from structmat_kernels.monarch.rules import Factors, choose_backward
@@ -64,7 +62,7 @@ def backward(
     precision = torch.get_float32_matmul_precision()
     call = Call(gy.device, gy.dtype, precision, G, T, n, tuple(strides), z, nrows, "", False)
     key = BackwardCall(call, tuple(gy_strides), ncols, want_x, want_w, want_b)
-    plan = _plan(key) if config is None else _build(key, config)
+    plan = _plan(key) if config is None else _prefer(key, [config])
     if plan is None:
         return *large.backward(gy, x, left, right, ncols, want_x, want_w, lead), _sums(gy, left) if want_b else None
     gx = torch.empty((*lead, ncols), dtype=gy.dtype, device=gy.device) if want_x else gy
@@ -83,7 +81,11 @@ def _sums(gy: Tensor, left: Tensor) -> Tensor:
 @functools.lru_cache(1024)
 def _plan(key: BackwardCall) -> Plan | None:
     call = key.call
-    return _build(key, choose_backward(call.z, call.T, call.dtype, call.device))
+    return _prefer(key, choose_backward(call.z, call.T, call.dtype, call.device))
+
+
+def _prefer(key: BackwardCall, configs: list[Config]) -> Plan | None:
+    return None if configs[0]["path"] == "cublas" else Preferences(configs, functools.partial(_build, key))
 
 
 def _split(tiles: int, programs: int, target: int) -> int:
@@ -91,19 +93,17 @@ def _split(tiles: int, programs: int, target: int) -> int:
     return max(1, min(tiles, target // max(programs, 1)))
 
 
-def _build(key: BackwardCall, c: Config) -> Plan | None:
+def _build(key: BackwardCall, c: Config) -> Plan:
     """Hidden entries again (for the gradients of left), left stage, right stage, the sums of partial sums."""
-    if c["path"] == "cublas":
-        return None
     call = key.call
     z, G, TT = call.z, call.G, c["TT"]
     tiles = cdiv(call.T, TT)
     h_shape, first = hidden(call, c["hidden"] | {"TT": TT})
-    second, lefts = {"strided": _strided_left, "general": _general_left, "wide": _wide_left}[c["path"]](key, c, tiles)
+    second, lefts = (_wide_left if c["path"] == "wide" else _general_left)(key, c, tiles)
     third, rights = (_wide_right if c["path"] == "wide" else _right)(key, c, tiles)
     sizes = (G * z.L * z.S * z.R, G * z.K * z.Q * z.P, G * call.nrows)
     # The copy that sorts gy by left blocks makes sums for the bias, too.
-    parts = cdiv(call.T, large.PART) if key.want_b and c["path"] != "strided" else 0
+    parts = cdiv(call.T, large.PART) if key.want_b else 0
     reduce = _reduction(sizes, (lefts, rights, parts), key.want_w)
 
     def plan(
@@ -118,8 +118,6 @@ def _build(key: BackwardCall, c: Config) -> Plan | None:
             first(x, right, h)
         if parts:
             bias_sums = torch.empty(parts * sizes[2], dtype=torch.float32, device=gy.device)
-        elif key.want_b:
-            torch.sum(gy if gy.ndim < 3 else gy.flatten(0, -2) if gbias.ndim == 1 else gy, -2, out=gbias)
         second(gy, left, h, gh, left_sums, bias_sums)
         third(gh, right, x, gx, right_sums)
         if reduce is not None:
@@ -144,7 +142,7 @@ def _right(key: BackwardCall, c: Config, tiles: int) -> tuple[Callable[..., None
 
 
 def _wide_left(key: BackwardCall, c: Config, tiles: int) -> tuple[Callable[..., None], int]:
-    """As ``_strided_left``, for blocks that are larger than a tile."""
+    """As ``_general_left``, for blocks that are larger than a tile."""
     call = key.call
     z, T, G, TT = call.z, call.T, call.G, c["TT"]
     BS, BR = min(c["SIDE"], pad(z.S)), min(c["SIDE"], pad(z.R))
@@ -192,22 +190,8 @@ def _wide_right(key: BackwardCall, c: Config, tiles: int) -> tuple[Callable[...,
     return both, walkers
 
 
-def _strided_left(key: BackwardCall, c: Config, tiles: int) -> tuple[Callable[..., None], int]:
-    """The launch (gy, left, h, gh, sums, sums for the bias) and its number of partial sums."""
-    call = key.call
-    z, G = call.z, call.G
-    JB, BR = c["JB"], min(c["BR"], pad(z.R))
-    pieces = cdiv(z.L, JB) * cdiv(z.R, BR)
-    walkers = _split(tiles, pieces * G, max(processors(call.device) * c["CTAS"], pieces * G))
-    run = Launch(
-        ks.strided_left, (pieces * walkers, G), (call.T, call.nrows, tiles, walkers, G, *key.gy_strides), L=z.L, S=z.S,
-        R=z.R, TT=c["TT"], JB=JB, BU=pad(z.S), BR=BR, HOLD=c["HOLD"] and not backend.INTERPRETED, SPREAD=c["SPREAD"],
-        STAGES=c["STAGES"], WANT_W=key.want_w, **arithmetic(call.dtype), num_warps=c["num_warps"],
-    )  # fmt: skip
-    return lambda gy, left, h, gh, sums, _: run(gy, left, h, gh, sums), walkers
-
-
 def _general_left(key: BackwardCall, c: Config, tiles: int) -> tuple[Callable[..., None], int]:
+    """The launches (gy, left, h, gh, sums, sums for the bias) and their number of partial sums."""
     call = key.call
     z, T, G = call.z, call.T, call.G
     walkers = _split(tiles, G * z.L, c["programs"])
@@ -234,4 +218,4 @@ def _reduction(sizes: tuple[int, int, int], splits: tuple[int, int, int], want_w
     blocks = (cdiv(sizes[0], BLOCK), cdiv(sizes[1], BLOCK)) if want_w else (0, 0)
     programs = sum(blocks) + (cdiv(sizes[2], SHORT) if splits[2] else 0)
     tiles = {"BLOCK": BLOCK, "ROWS": 2048 // BLOCK, "SHORT": SHORT, "LONG": 2048 // SHORT}
-    return Launch(ks.reduce, (programs,), (*blocks, *sizes, *splits), **tiles, num_warps=4)
+    return Launch(kb.reduce, (programs,), (*blocks, *sizes, *splits), **tiles, num_warps=4)
