@@ -218,7 +218,7 @@ def _errors(row: Row) -> str:
 def _blocks(name: str, facts: dict[str, Any], rows: list[Row]) -> str:
     lines = []
     for r in rows:
-        mode = f"{r['mode']}, torch.compile" if r["compiled"] == "True" else r["mode"]
+        mode = f"{r['mode']}, torch.compile ({r['compiled']})" if r["compiled"] else r["mode"]
         if r["status"] != "ok":
             lines.append([r["model"], mode, r["variant"], *[""] * 6, _cell(r["status"])])
             continue
