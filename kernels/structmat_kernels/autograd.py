@@ -113,7 +113,10 @@ def differentiable(
             return torch.func.jvp(lambda *ts: reference(*ts, *static), tuple(tensors), filled)[1]
 
     def long(*args: Any) -> Tensor:
-        return (Traced if torch.compiler.is_compiling() else Eager).apply(*args)
+        if not torch.compiler.is_compiling():
+            return Eager.apply(*args)
+        # Some versions of dynamo do not trace a Function where gradients are off.
+        return Traced.apply(*args) if torch.is_grad_enabled() else forward_op(*args)
 
     fast = short(fast_forward, fast_backward, long, count)
 

@@ -213,6 +213,10 @@ def test_compile(device, name):
 
     for a, b in zip(run(function), run(compiled), strict=True):
         assert torch.equal(a, b)
+    for off in (torch.no_grad, torch.inference_mode):
+        torch._dynamo.reset()
+        with off():
+            assert torch.equal(compiled(*leaves(tensors)), function(*tensors))
 
 
 def test_opcheck(device):

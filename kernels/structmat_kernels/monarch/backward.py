@@ -13,7 +13,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from structmat_kernels.monarch.kernel import _dot, _store_outputs
+from structmat_kernels.monarch.kernel import _dot, _load_bias, _store_outputs
 
 
 @triton.jit
@@ -81,9 +81,8 @@ def interleave(
         at, mask=(j < L)[:, None, None] & (t < T)[None, :, None] & (u < S)[None, None, :], other=0.0
     )  # (JB, TT, BU)
     y += g * T * nrows
-    _store_outputs(
-        y, bias + g * nrows, tl.permute(v, (1, 2, 0)), t, u0, j0, T, nrows, L, S, ACT, HAS_BIAS, TT, BU, JB
-    )  # fmt: skip
+    bs = _load_bias(bias + g * nrows, u0, j0, nrows, L, S, HAS_BIAS, BU, JB)
+    _store_outputs(y, bs, tl.permute(v, (1, 2, 0)), t, u0, j0, T, nrows, L, S, ACT, HAS_BIAS, TT, BU, JB)
 
 
 @triton.jit

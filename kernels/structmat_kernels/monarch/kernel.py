@@ -38,11 +38,8 @@ def _activate(z, ACT: tl.constexpr):
 
 
 @triton.jit
-def _store_outputs(
-    y, bias, z, t, u0, j0, T, nrows, L: tl.constexpr, S: tl.constexpr, ACT: tl.constexpr, HAS_BIAS: tl.constexpr,
-    TT: tl.constexpr, BU: tl.constexpr, JB: tl.constexpr,
-):  # fmt: skip
-    """Write ``act(z + bias)`` for z (TT, BU, JB), whose columns are u l + j for u from u0 and j from j0 on."""
+def _columns(u0, j0, nrows, L: tl.constexpr, S: tl.constexpr, BU: tl.constexpr, JB: tl.constexpr):
+    """The outputs u l + j for u from u0 and j from j0 on, and which of them exist."""
     e = tl.arange(0, BU * JB)
     u, j = u0 + e // JB, j0 + e % JB
     # With all left blocks at hand the columns are adjacent; said so, the stores are wide.
@@ -53,9 +50,34 @@ def _store_outputs(
         keep &= j < L
     if JB != L and S % BU != 0:
         keep &= u < S
+    return col, keep
+
+
+@triton.jit
+def _load_bias(
+    bias, u0, j0, nrows, L: tl.constexpr, S: tl.constexpr, HAS_BIAS: tl.constexpr, BU: tl.constexpr, JB: tl.constexpr
+):
+    """The bias of some outputs as (BU JB,), zeros where there is none.
+
+    Before the loop over tokens: in it, the compiler would keep as many copies in shared memory as tiles are in flight.
+    """
+    if HAS_BIAS:
+        col, keep = _columns(u0, j0, nrows, L, S, BU, JB)
+        return tl.load(bias + col, mask=keep, other=0.0)
+    else:
+        return tl.zeros((BU * JB,), tl.float32)
+
+
+@triton.jit
+def _store_outputs(
+    y, bs, z, t, u0, j0, T, nrows, L: tl.constexpr, S: tl.constexpr, ACT: tl.constexpr, HAS_BIAS: tl.constexpr,
+    TT: tl.constexpr, BU: tl.constexpr, JB: tl.constexpr,
+):  # fmt: skip
+    """Write ``act(z + bias)`` for z (TT, BU, JB), whose columns are u l + j for u from u0 and j from j0 on."""
+    col, keep = _columns(u0, j0, nrows, L, S, BU, JB)
     z = tl.reshape(z, (TT, BU * JB)).to(tl.float32)
     if HAS_BIAS:
-        z += tl.load(bias + col, mask=keep, other=0.0).to(tl.float32)[None, :]
+        z += bs.to(tl.float32)[None, :]
     z = _activate(z, ACT).to(y.dtype.element_ty)
     tl.store(y + t[:, None] * nrows + col[None, :], z, mask=(t < T)[:, None] & keep[None, :])
 
@@ -231,7 +253,8 @@ def _left_tile(
             )  # (JB, BU, BR)
             acc = _dot(ls, hs, acc, PREC, UPCAST)
         z = tl.permute(acc, (2, 1, 0))
-        _store_outputs(y, bias, z, t, u0, j0, T, nrows, L, S, ACT, HAS_BIAS, TT, BU, JB)
+        bs = _load_bias(bias, u0, j0, nrows, L, S, HAS_BIAS, BU, JB)
+        _store_outputs(y, bs, z, t, u0, j0, T, nrows, L, S, ACT, HAS_BIAS, TT, BU, JB)
     else:
         z = _left_blocks(
             h, left, bias, j0, 1, JB, u, lane, nrows, L, S, R, TT, BU, BR, STAGES, ACT, HAS_BIAS, y.dtype.element_ty,

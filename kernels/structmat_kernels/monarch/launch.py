@@ -187,10 +187,10 @@ def hidden(call: Call, c: Config) -> tuple[tuple[int, ...], Launch]:
     """The shape (G, token tiles, l, r, TT) of ``right x`` and the launch (x, right, h) that computes it."""
     z, T = call.z, call.T
     TT, TX, BA = c["TT"], max(c.get("TX", 0), c["TT"]), min(c["BA"], pad(z.Q))
-    tiles = cdiv(T, TT)
+    tiles, BP = cdiv(T, TT), min(64 if call.dtype.itemsize == 2 else 32, pad(z.P))
     run = Launch(
         kf.right_stage, (cdiv(T, TX) * z.K * cdiv(z.Q, BA), call.G), (T, call.n, tiles, *call.strides), L=z.L, R=z.R,
-        K=z.K, Q=z.Q, P=z.P, TT=TT, TX=TX, BA=BA, BP=min(64, pad(z.P)), STAGES=c.get("RSTAGES", 2),
+        K=z.K, Q=z.Q, P=z.P, TT=TT, TX=TX, BA=BA, BP=BP, STAGES=c.get("RSTAGES", 2),
         **arithmetic(call.dtype), num_warps=c.get("right_warps", 4),
     )  # fmt: skip
     return (call.G, tiles, z.L, z.R, TT), run

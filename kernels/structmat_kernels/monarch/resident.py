@@ -10,7 +10,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from structmat_kernels.monarch.kernel import _dot, _store_outputs
+from structmat_kernels.monarch.kernel import _dot, _load_bias, _store_outputs
 
 
 @triton.jit
@@ -52,6 +52,7 @@ def resident(
     )  # (JB, BI, BU)
     col = i[:, None] * P + b[None, :]  # (BI, BP)
     live = (d < R)[:, None] & (b < P)[None, :] & (col < n)
+    bs = _load_bias(bias + g * nrows, 0, j0, nrows, L, S, HAS_BIAS, BU, JB)
     for tile in tl.range(pid // groups, tiles, walkers, num_stages=STAGES):
         t = tile * TT + lane.to(tl.int64)
         xs = tl.load(
@@ -59,9 +60,7 @@ def resident(
         )  # (BI, TT, BP)
         h = _dot(xs, rs, tl.zeros((BI, TT, JB), tl.float32), PREC, UPCAST).to(left.dtype.element_ty)
         z = _dot(tl.permute(h, (2, 1, 0)), ls, tl.zeros((JB, TT, BU), tl.float32), PREC, UPCAST)
-        _store_outputs(
-            y, bias + g * nrows, tl.permute(z, (1, 2, 0)), t, 0, j0, T, nrows, L, S, ACT, HAS_BIAS, TT, BU, JB
-        )  # fmt: skip
+        _store_outputs(y, bs, tl.permute(z, (1, 2, 0)), t, 0, j0, T, nrows, L, S, ACT, HAS_BIAS, TT, BU, JB)
 
 
 @triton.jit
@@ -89,6 +88,7 @@ def resident_left(
         mask=(j < L)[:, None, None] & (u < S)[None, :, None] & (d < R)[None, None, :],
         other=0.0,
     )  # (JB, BU, BR)
+    bs = _load_bias(bias + g * nrows, u0, j0, nrows, L, S, HAS_BIAS, BU, JB)
     for tile in tl.range(pid // (groups * chunks), tiles, walkers, num_stages=STAGES):
         t = tile * TT + lane.to(tl.int64)
         hs = tl.load(
@@ -97,6 +97,4 @@ def resident_left(
             other=0.0,
         )  # (JB, BR, TT)
         z = _dot(ls, hs, tl.zeros((JB, BU, TT), tl.float32), PREC, UPCAST)
-        _store_outputs(
-            y, bias + g * nrows, tl.permute(z, (2, 1, 0)), t, u0, j0, T, nrows, L, S, ACT, HAS_BIAS, TT, BU, JB
-        )  # fmt: skip
+        _store_outputs(y, bs, tl.permute(z, (2, 1, 0)), t, u0, j0, T, nrows, L, S, ACT, HAS_BIAS, TT, BU, JB)

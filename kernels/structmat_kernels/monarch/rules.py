@@ -45,8 +45,8 @@ def choose(z: Factors, tokens: int, dtype: torch.dtype, device: torch.device) ->
     if tokens * K * P <= 16384 or (K * P <= 2048 and tokens <= 16):
         return [{"path": "small", "TT": 1, "BI": 64, "num_warps": 8}]
     # Sixteen kilobytes of x a program.
-    stages = {"path": "stages", "BA": 64 if Q <= 64 else 128, "TX": 256 if P <= 32 else 64, "right_warps": 4}
-    stages |= {"BATCHED": True}
+    BA, TX = (64 if Q <= 64 or not half else 128), (256 if P <= 32 and half else 64)
+    stages = {"path": "stages", "BATCHED": True, "BA": BA, "TX": TX, "right_warps": 8 if BA * TX > 1 << 14 else 4}
     if tokens <= 128:
         tile = {"TT": 16, "TX": 16, "BA": 32, "JB": 4 if tokens <= 16 else 8, "BU": 16, "BR": 64 if half else 32}
         return [stages | tile | {"STAGES": 2, "num_warps": 4}]
@@ -60,12 +60,13 @@ def choose(z: Factors, tokens: int, dtype: torch.dtype, device: torch.device) ->
         if L >= 16 and rows >= 16 and dtype.itemsize * JB * pad(R) * (rows + 2 * 16) <= room:
             configs.append(stages | tile | {"BU": rows})
     if L < 16:
-        tile = {"TT": 64, "BU": 64, "BR": 64 if half else 32, "num_warps": 4, "BATCHED": False}
-    elif half and large:
-        tile = {"TT": 64, "BU": 32, "BR": 32, "num_warps": 8}
+        JB, BU = (4 if L <= 4 else 8), (64 if half else 32)
+        tile = {"JB": JB, "TT": 64, "BU": BU, "BR": BU, "num_warps": JB if half else 8, "BATCHED": False}
+    elif half and large:  # masks take registers
+        tile = {"JB": 16, "TT": 32 if S % 8 or R % 8 else 64, "BU": 32, "BR": 32, "num_warps": 8}
     else:
-        tile = {"TT": 16, "BU": 32, "BR": 16, "num_warps": 8}
-    return [*configs, stages | {"JB": 16, "STAGES": 2} | tile, SMALLEST]
+        tile = {"JB": 16, "TT": 16, "BU": 32, "BR": 16, "num_warps": 8}
+    return [*configs, stages | {"STAGES": 2} | tile, SMALLEST]
 
 
 #: Tiles that any device has room for.
@@ -82,7 +83,8 @@ def _large_blocks(z: Factors, tokens: int, half: bool, large: bool) -> Config:
     if z.Q % z.L == 0 and not (half and z.L <= 8 and z.Q // z.L < 256):
         return {"path": "cublas"}
     stages = 3 if half and large else 2
-    tile = {"TX": 128, "BA": 128, "right_warps": 8, "RSTAGES": stages, "TT": 64, "BU": 64, "BR": 64 if half else 32}
+    side, depth = (128, 64) if half else (64, 32)
+    tile = {"TX": side, "BA": side, "right_warps": 8, "RSTAGES": stages, "TT": 64, "BU": depth, "BR": depth}
     return {"path": "stages", "JB": 4, "BATCHED": False, "STAGES": stages, "num_warps": 4} | tile
 
 
@@ -109,10 +111,11 @@ def choose_backward(z: Factors, tokens: int, dtype: torch.dtype, device: torch.d
     half, large = dtype.itemsize == 2, shared_memory(device) > 200_000
     smallest = {"path": "wide", "TT": 16, "TX": 16, "SIDE": 32, "BK": 16, "STAGES": 1, "num_warps": 4, "programs": 264}
     smallest |= {"hidden": {"TX": 16, "BA": 16, "RSTAGES": 1, "right_warps": 4}}
-    if z.widest > WIDEST:
+    if z.widest > (WIDEST if half else 32):  # sums of larger blocks of float32 do not fit the registers
         if z.Q % z.L == 0 and z.Q // z.L >= 256:
             return [{"path": "cublas"}]
-        first = {"TX": 128, "BA": 128, "RSTAGES": 3 if half and large else 2, "right_warps": 8}
+        first = {"TX": 128, "BA": 128, "RSTAGES": 3 if large else 2, "right_warps": 8}
+        first = first if half else {"TX": 64, "BA": 64, "RSTAGES": 2, "right_warps": 4}
         side, depth, stages = (128, 32, 5 if large else 3) if half else (64, 32, 2)
         tile = {"TT": 64, "TX": side, "SIDE": side, "BK": depth, "STAGES": stages, "num_warps": 8}
         programs = 132 if max(z.S * z.R, z.Q * z.P) <= 1 << 16 else 264
