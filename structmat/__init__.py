@@ -2,6 +2,7 @@
 
 from structmat import nn, surgery
 from structmat.base import StructuredMatrix, matrix, static
+from structmat.chain import Chain, Pattern
 from structmat.config import (
     BlockDiagonalConfig,
     BudgetError,
@@ -13,7 +14,16 @@ from structmat.config import (
     project,
 )
 from structmat.lazy import Inverse, Kronecker, Product, Scaled, Sum, Transposed
-from structmat.matrices import BlockDiagonal, Dense, Diagonal, LowRank, Monarch, Permutation
+from structmat.matrices import (
+    BlockDiagonal,
+    Butterfly,
+    Dense,
+    Diagonal,
+    KroneckerSparse,
+    LowRank,
+    Monarch,
+    Permutation,
+)
 
 __version__ = "0.1.0"
 
@@ -21,15 +31,19 @@ __all__ = [
     "BlockDiagonal",
     "BlockDiagonalConfig",
     "BudgetError",
+    "Butterfly",
+    "Chain",
     "Config",
     "Dense",
     "Diagonal",
     "Inverse",
     "Kronecker",
+    "KroneckerSparse",
     "LowRank",
     "LowRankConfig",
     "Monarch",
     "MonarchConfig",
+    "Pattern",
     "Permutation",
     "Product",
     "Projection",

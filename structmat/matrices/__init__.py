@@ -1,10 +1,12 @@
 """The families of structured matrices."""
 
 from structmat.matrices.block_diagonal import BlockDiagonal
+from structmat.matrices.butterfly import Butterfly
 from structmat.matrices.dense import Dense
 from structmat.matrices.diagonal import Diagonal
+from structmat.matrices.kronecker_sparse import KroneckerSparse
 from structmat.matrices.low_rank import LowRank
 from structmat.matrices.monarch import Monarch
 from structmat.matrices.permutation import Permutation
 
-__all__ = ["BlockDiagonal", "Dense", "Diagonal", "LowRank", "Monarch", "Permutation"]
+__all__ = ["BlockDiagonal", "Butterfly", "Dense", "Diagonal", "KroneckerSparse", "LowRank", "Monarch", "Permutation"]

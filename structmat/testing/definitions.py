@@ -11,7 +11,16 @@ from torch import Tensor
 
 from structmat.base import StructuredMatrix
 from structmat.lazy import Inverse, Kronecker, Product, Scaled, Sum, Transposed
-from structmat.matrices import BlockDiagonal, Dense, Diagonal, LowRank, Monarch, Permutation
+from structmat.matrices import (
+    BlockDiagonal,
+    Butterfly,
+    Dense,
+    Diagonal,
+    KroneckerSparse,
+    LowRank,
+    Monarch,
+    Permutation,
+)
 
 
 def dense_by_definition(A: StructuredMatrix) -> Tensor:
@@ -26,6 +35,8 @@ def dense_by_definition(A: StructuredMatrix) -> Tensor:
         dense = [dense_by_definition(p).expand(*batch, *p.shape[-2:]) for p in parts]
         join = {Product: torch.matmul, Sum: torch.add, Kronecker: _kron}[type(A)]
         return functools.reduce(join, dense)
+    if isinstance(A, Butterfly):
+        return functools.reduce(torch.matmul, map(dense_by_definition, A.factors))[..., : A.nrows, : A.ncols]
     if isinstance(A, Transposed):
         return dense_by_definition(A.base).mT
     if isinstance(A, Scaled):
@@ -77,6 +88,12 @@ def _block_diagonal(out: Tensor, A: Any, blocks: Tensor) -> None:
             out[i * q + a, i * p + b] = blocks[i, a, b]
 
 
+def _kronecker_sparse(out: Tensor, A: Any, values: Tensor) -> None:
+    a, b, c, d = values.shape
+    for i, o, j, k in itertools.product(range(a), range(b), range(c), range(d)):
+        out[(i * b + o) * d + k, (i * c + j) * d + k] = values[i, o, j, k]
+
+
 def _monarch(out: Tensor, A: Any, left: Tensor, right: Tensor) -> None:
     (l, s, r), (k, q, p) = left.shape, right.shape
     first = out.new_zeros(k * q, k * p)
@@ -94,7 +111,16 @@ _ENTRIES = {
     Permutation: _permutation,
     LowRank: _low_rank,
     BlockDiagonal: _block_diagonal,
+    KroneckerSparse: _kronecker_sparse,
     Monarch: _monarch,
 }
 # How many dimensions of each factor are not batch.
-_RANKS = {Dense: (2,), Diagonal: (1,), Permutation: (1,), LowRank: (2, 2), BlockDiagonal: (3,), Monarch: (3, 3)}
+_RANKS = {
+    Dense: (2,),
+    Diagonal: (1,),
+    Permutation: (1,),
+    LowRank: (2, 2),
+    BlockDiagonal: (3,),
+    KroneckerSparse: (4,),
+    Monarch: (3, 3),
+}

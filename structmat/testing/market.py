@@ -9,8 +9,18 @@ import torch
 from torch import Tensor
 
 from structmat.base import StructuredMatrix
+from structmat.chain import Chain
 from structmat.lazy import Inverse, Kronecker, Product, Scaled, Sum, Transposed
-from structmat.matrices import BlockDiagonal, Dense, Diagonal, LowRank, Monarch, Permutation
+from structmat.matrices import (
+    BlockDiagonal,
+    Butterfly,
+    Dense,
+    Diagonal,
+    KroneckerSparse,
+    LowRank,
+    Monarch,
+    Permutation,
+)
 from structmat.testing.definitions import dense_by_definition
 from structmat.testing.entry import Entry
 
@@ -42,6 +52,17 @@ def _invertible_monarch(l: int, s: int, k: int, p: int, batch: tuple[int, ...] =
 def _invertible_blocks(k: int, q: int, size: int) -> Make:
     blocks = _near_identity(k, q, q)
     return lambda dtype, device: BlockDiagonal(blocks(dtype, device), size, size)
+
+
+def _invertible_kronecker_sparse(a: int, b: int, d: int) -> Make:
+    blocks = _near_identity(a, d, b, b)
+    return lambda dtype, device: KroneckerSparse(blocks(dtype, device).movedim(-3, -1))
+
+
+def _invertible_butterfly(*patterns: tuple[int, int, int, int], batch: tuple[int, ...] = ()) -> Make:
+    """Factors whose blocks are near the identity, of square patterns."""
+    blocks = [_near_identity(*batch, a, d, b, b) for a, b, _, d in patterns]
+    return lambda dt, dev: Butterfly(tuple(KroneckerSparse(f(dt, dev).movedim(-3, -1)) for f in blocks))
 
 
 def _invertible_dense(*shape: int) -> Make:
@@ -87,6 +108,23 @@ def _entries() -> Iterator[tuple[str, Make, bool]]:
     yield "monarch-column", _random(Monarch, (9, 1), nblocks=(1, 3)), False
     yield "monarch-batch", _random(Monarch, (2, 3, 6, 4), nblocks=2), False
     yield "monarch-batch-square", _invertible_monarch(2, 3, 3, 2, batch=(2,)), True
+    yield "kroneckersparse", _random(KroneckerSparse, (12, 8), a=2, d=2), False
+    yield "kroneckersparse-prime", _random(KroneckerSparse, (7, 5), a=1, d=1), False
+    yield "kroneckersparse-strided", _random(KroneckerSparse, (6, 9), a=1, d=3), False
+    yield "kroneckersparse-square", _invertible_kronecker_sparse(2, 3, 2), True
+    yield "kroneckersparse-batch", _random(KroneckerSparse, (2, 3, 4, 6), a=2, d=1), False
+    yield "butterfly", _random(Butterfly, (8, 16)), False
+    yield "butterfly-mixed", _random(Butterfly, (12, 18), radices=(2, (3, 3), (2, 3))), False
+    yield "butterfly-rectangular", _random(Butterfly, (6, 15)), False
+    yield "butterfly-prime", _random(Butterfly, (7, 11)), False
+    yield "butterfly-padded", _random(Butterfly, (7, 11), pad=True), False
+    yield "butterfly-row", _random(Butterfly, (1, 6)), False
+    yield "butterfly-column", _random(Butterfly, (6, 1)), False
+    yield "butterfly-batch", _random(Butterfly, (2, 3, 4, 6)), False
+    yield "butterfly-rank", lambda dt, dev: Butterfly.from_chain(Chain.dyadic(16, 2), dtype=dt, device=dev), False
+    yield "butterfly-square", _invertible_butterfly((1, 2, 2, 6), (2, 3, 3, 2), (6, 2, 2, 1)), True
+    yield "butterfly-reversed", _invertible_butterfly((4, 2, 2, 1), (2, 2, 2, 2), (1, 2, 2, 4)), True
+    yield "butterfly-batch-square", _invertible_butterfly((1, 3, 3, 2), (3, 2, 2, 1), batch=(2,)), True
     monarch, square = _random(Monarch, (6, 10), nblocks=2), _invertible_monarch(3, 4, 2, 6)
     yield "transposed", _wrap(Transposed, monarch), False
     yield "transposed-square", _wrap(Transposed, square), True

@@ -1,0 +1,97 @@
+"""Runs of Kronecker-sparse factors as one: what lets a butterfly's log2 n levels be computed in two passes."""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+from torch import Tensor
+
+from structmat.chain import Pattern
+
+#: Reading and writing an entry of the vectors between two stages costs about as many multiply-adds.
+PASS = 64
+
+
+def _reverse(left: Pattern, right: Pattern) -> bool:
+    """Whether strides grow from left to right, without a remainder: the mirror image of a chain."""
+    return (
+        left.a == right.a * right.b and right.d == left.d * left.c and left.a % right.a == 0 and right.d % left.d == 0
+    )
+
+
+def joined(left: Pattern, right: Pattern) -> Pattern | None:
+    """The pattern of ``left right`` where that is Kronecker-sparse, else None."""
+    if left.rank(right) is not None:
+        return left.merge(right)
+    if _reverse(left, right):
+        return Pattern(right.a, left.a * left.b // right.a, right.c * right.d // left.d, left.d)
+    return None
+
+
+def merge(left: Tensor, right: Tensor) -> Tensor:
+    """The values of the product of two factors that :func:`joined` joins; shapes (*batch, a, b, c, d)."""
+    first, second = Pattern(*left.shape[-4:]), Pattern(*right.shape[-4:])
+    rank = first.rank(second)
+    if rank is not None:
+        alpha, delta = second.a // first.a, first.d // second.d
+        x = left.unflatten(-1, (delta, second.d)).unflatten(-3, (alpha, rank))  # (a, b, alpha, rank, delta, e)
+        y = right.unflatten(-3, (rank, delta)).unflatten(-5, (first.a, alpha))  # (a, alpha, rank, delta, c, e)
+        z = torch.einsum("...abxrke,...axrkce->...abkxce", x, y)
+        return z.flatten(-3, -2).flatten(-4, -3)
+    x = left.unflatten(-4, (second.a, second.b))  # (a, o, b, i, e)
+    y = right.unflatten(-1, (first.c, first.d))  # (a, o, c, i, e)
+    return (x.unsqueeze(-3) * y.unsqueeze(-4)).flatten(-5, -4).flatten(-3, -2)
+
+
+@functools.lru_cache(1024)
+def stages(patterns: tuple[Pattern, ...]) -> tuple[tuple[int, int], ...]:
+    """The cheapest way to cut a product into runs that merge: (start, stop) of every run, from left to right.
+
+    A run costs a pass over its inputs and outputs and the multiply-adds of its merged factor.
+    """
+    count = len(patterns)
+    best: list[tuple[float, int]] = [(0.0, 0)]  # cost of the first so many factors, and where their last run starts
+    for stop in range(1, count + 1):
+        options = []
+        for start in range(stop - 1, -1, -1):
+            whole: Pattern | None = patterns[start]
+            for right in patterns[start + 1 : stop]:
+                whole = joined(whole, right) if whole is not None else None
+            if whole is None:
+                break
+            options.append((best[start][0] + PASS * sum(whole.shape) + whole.num_params, start))
+        best.append(min(options))
+    cuts, stop = [], count
+    while stop:
+        cuts.append((best[stop][1], stop))
+        stop = best[stop][1]
+    return tuple(reversed(cuts))
+
+
+def merged_stages(values: tuple[Tensor, ...]) -> list[Tensor]:
+    """The merged factors of a product, from left to right; half precision is multiplied in float32 and rounded once."""
+    dtype = values[0].dtype
+    patterns = tuple(Pattern(*v.shape[-4:]) for v in values)
+    # Dynamo looks through caches, and says so.
+    runs = (stages.__wrapped__ if torch.compiler.is_compiling() else stages)(patterns)
+    if all(stop - start == 1 for start, stop in runs):
+        return list(values)
+    if dtype in (torch.float16, torch.bfloat16):
+        values = tuple(v.float() for v in values)
+    return [functools.reduce(merge, values[start:stop]).to(dtype) for start, stop in runs]
+
+
+@functools.lru_cache(1024)
+def product_flops(patterns: tuple[Pattern, ...]) -> int:
+    """Operations of the merges and of the merged factors' product with a vector."""
+    total = 0
+    for start, stop in stages(patterns):
+        whole = patterns[start]
+        for right in patterns[start + 1 : stop]:
+            rank, merged = whole.rank(right), joined(whole, right)
+            assert merged is not None  # stages only cuts runs that join
+            total += merged.num_params * (2 * rank if rank else 1)
+            whole = merged
+        total += 2 * whole.num_params
+    return total

@@ -1,0 +1,320 @@
+"""Butterfly matrices: products of Kronecker-sparse factors."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import math
+from collections.abc import Iterable
+from typing import Any, Self
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from structmat._checks import check_int, check_matrix_shape, check_tensor
+from structmat.base import LINEAR_STD, StructuredMatrix, matrix, static
+from structmat.chain import Chain, Pattern
+from structmat.matrices._merge import merged_stages, product_flops
+from structmat.matrices.block_diagonal import crop_size
+from structmat.matrices.kronecker_sparse import KroneckerSparse
+from structmat_kernels.kronecker_sparse import kronecker_sparse
+from structmat_kernels.monarch import monarch, monarch_transposed
+
+
+@matrix
+class Butterfly(StructuredMatrix):
+    """A product of Kronecker-sparse factors, as every fast transform is (Dao et al. 2019, Le et al. 2022).
+
+    n = 2^L has L factors of 2 n numbers each; other sizes have mixed radices: 1000 = 2 2 2 5 5 5 is a butterfly without
+    padding. Closed under transposes, conjugates and, of square blocks, inverses. ``nrows`` and ``ncols`` crop rows and
+    columns at the end, for sizes that are padded.
+
+    A product is not computed factor by factor: neighbouring factors merge exactly into few stages of larger blocks, two
+    of them (a Monarch matrix) up to n = 8192 or so. The merge is part of every product, in float32 at least, and
+    gradients flow through it; ``flops`` counts the merge, too, once for every product however many vectors it has.
+
+    Args:
+        factors: from left to right, :class:`KroneckerSparse` matrices or tensors of their values
+            (*batch, a, b, c, d), all of the same batch, whose sizes meet; ``.chain`` says whether they are a chain.
+        nrows: rows to keep, all by default.
+        ncols: columns to keep, all by default.
+
+    Raises:
+        TypeError: if a factor is something else, or dtypes differ.
+        ValueError: if sizes do not meet, batches or devices differ, or a crop is out of range.
+
+    Example:
+        >>> import torch, structmat
+        >>> B = structmat.Butterfly.random((1000, 1000), generator=torch.Generator().manual_seed(0))
+        >>> [tuple(f.pattern) for f in B.factors][:3], B.num_params
+        ([(1, 5, 5, 200), (5, 5, 5, 40), (25, 5, 5, 8)], 21000)
+        >>> B.linear(torch.ones(3, 1000)).shape
+        torch.Size([3, 1000])
+    """
+
+    factors: tuple[KroneckerSparse, ...]
+    nrows: int = static(default=None)
+    ncols: int = static(default=None)
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.factors, (tuple, list)) or not self.factors:
+            raise TypeError(f"factors must be a non-empty tuple of KroneckerSparse matrices, got {self.factors!r}")
+        factors = tuple(f if isinstance(f, KroneckerSparse) else KroneckerSparse(f) for f in self.factors)
+        first = factors[0]
+        for i, (left, right) in enumerate(itertools.pairwise(factors)):
+            if left.pattern.shape[1] != right.pattern.shape[0]:
+                raise ValueError(
+                    f"factors {i} and {i + 1} must meet, got patterns {tuple(left.pattern)} with "
+                    f"{left.pattern.shape[1]} columns and {tuple(right.pattern)} with {right.pattern.shape[0]} rows"
+                )
+        for i, f in enumerate(factors):
+            if f.dtype != first.dtype:
+                raise TypeError(f"factor {i} has dtype {f.dtype} but factor 0 has {first.dtype}")
+            if f.device != first.device:
+                raise ValueError(f"factor {i} is on {f.device} but factor 0 is on {first.device}")
+            if f.batch_shape != first.batch_shape:
+                raise ValueError(
+                    f"factor {i} has batch {tuple(f.batch_shape)} but factor 0 has {tuple(first.batch_shape)}"
+                )
+        object.__setattr__(self, "factors", factors)
+        object.__setattr__(self, "nrows", crop_size("nrows", self.nrows, first.shape[-2]))
+        object.__setattr__(self, "ncols", crop_size("ncols", self.ncols, factors[-1].shape[-1]))
+
+    @property
+    def shape(self) -> torch.Size:
+        return torch.Size((*self.factors[0].batch_shape, self.nrows, self.ncols))
+
+    @property
+    def patterns(self) -> tuple[Pattern, ...]:
+        """The factors' patterns, from left to right."""
+        return tuple(f.pattern for f in self.factors)
+
+    @property
+    def chain(self) -> Chain:
+        """The factors' patterns as a chain.
+
+        Raises:
+            ValueError: if two neighbours cannot be chained.
+        """
+        return Chain(self.patterns)
+
+    def _values(self) -> tuple[Tensor, ...]:
+        return tuple(f.values for f in self.factors)
+
+    def _linear(self, x: Tensor) -> Tensor:
+        return _product(x, merged_stages(self._values()), self.nrows)
+
+    @property
+    def mT(self) -> Butterfly:
+        return Butterfly(tuple(f.mT for f in reversed(self.factors)), self.ncols, self.nrows)
+
+    @property
+    def flops(self) -> int:
+        return math.prod(self.batch_shape) * product_flops(self.patterns)
+
+    # ---------------------------------------------------------------- solving
+    def _check_invertible(self, what: str) -> None:
+        self._check_factorisable(what)
+        full = self.factors[0].shape[-2]
+        if (self.nrows, self.ncols) != (full, self.factors[-1].shape[-1]):
+            raise ValueError(f"{what} needs an uncropped matrix, got {self.nrows} x {self.ncols} of {full} rows")
+        for f in self.factors:
+            if f.pattern.b != f.pattern.c:
+                raise ValueError(f"{what} needs square blocks in every factor, got pattern {tuple(f.pattern)}")
+
+    @property
+    def _solve_flops(self) -> int:
+        return sum(f._solve_flops for f in self.factors)
+
+    def _solve(self, b: Tensor) -> Tensor:
+        self._check_invertible("solve")
+        for f in self.factors:
+            b = f._solve(b)
+        return b
+
+    def inverse(self) -> Butterfly:
+        """The inverse, factor by factor: a butterfly of the transposed patterns.
+
+        Raises:
+            ValueError: if a factor's blocks are not square or the matrix is cropped.
+        """
+        self._check_invertible("inverse")
+        return Butterfly(tuple(f.inverse() for f in reversed(self.factors)))
+
+    def slogdet(self) -> tuple[Tensor, Tensor]:
+        self._check_invertible("slogdet")
+        signs, logs = zip(*(f.slogdet() for f in self.factors), strict=True)
+        return functools.reduce(torch.mul, signs), functools.reduce(torch.add, logs)
+
+    # ---------------------------------------------------------------- algebra
+    def _scale(self, scalar: Tensor) -> Butterfly:
+        first, *rest = self.factors
+        return Butterfly((first._scale(scalar), *rest), self.nrows, self.ncols)
+
+    # ---------------------------------------------------------------- construction
+    @classmethod
+    def structure(
+        cls, m: int, n: int, radices: Iterable[int | tuple[int, int]] | None = None, pad: bool = False
+    ) -> Chain:
+        """The chain of an m x n butterfly.
+
+        Args:
+            m: rows.
+            n: columns.
+            radices: (b, c) or a number for both, of every factor from left to right; by default the prime factors of m
+                and n, the largest first, in as many pairs as the shorter of both lists has.
+            pad: take the next powers of two for m and n instead; the chain is then larger than m x n.
+
+        Raises:
+            ValueError: if radices do not multiply to m and n, or come with pad.
+        """
+        check_int("m", m)
+        check_int("n", n)
+        if pad:
+            if radices is not None:
+                raise ValueError("give radices or pad, not both")
+            m, n = (1 << (v - 1).bit_length() for v in (m, n))
+        chain = Chain.mixed_radix(_pair_up(m, n) if radices is None else radices)
+        if chain.shape != (m, n):
+            raise ValueError(f"radices must multiply to the {m} x {n} matrix's sizes, got {chain.shape}")
+        return chain
+
+    @classmethod
+    def from_chain(
+        cls,
+        chain: Chain,
+        batch: tuple[int, ...] = (),
+        *,
+        generator: torch.Generator | None = None,
+        dtype: torch.dtype | None = None,
+        device: Any = None,
+    ) -> Self:
+        """A random butterfly of any chain, with the output variance of ``nn.Linear``."""
+        values = tuple(torch.empty((*batch, *p), dtype=dtype, device=device) for p in chain)
+        return cls(tuple(map(KroneckerSparse, values))).randomize_(generator=generator)
+
+    @classmethod
+    def random(
+        cls,
+        shape: Any,
+        radices: Iterable[int | tuple[int, int]] | None = None,
+        pad: bool = False,
+        *,
+        generator: torch.Generator | None = None,
+        dtype: torch.dtype | None = None,
+        device: Any = None,
+    ) -> Self:
+        """A random butterfly whose outputs have ``nn.Linear``'s variance.
+
+        Args:
+            shape: (*batch, m, n).
+            radices: see :meth:`structure`.
+            pad: see :meth:`structure`.
+            generator: source of randomness.
+            dtype: the default dtype of torch if None.
+            device: the default device of torch if None.
+        """
+        batch, m, n = check_matrix_shape(shape)
+        chain = cls.structure(m, n, radices, pad)
+        values = tuple(torch.empty((*batch, *p), dtype=dtype, device=device) for p in chain)
+        return cls(tuple(map(KroneckerSparse, values)), m, n).randomize_(generator=generator)
+
+    @classmethod
+    def identity(
+        cls,
+        n: int,
+        radices: Iterable[int | tuple[int, int]] | None = None,
+        *,
+        dtype: torch.dtype | None = None,
+        device: Any = None,
+    ) -> Self:
+        """The identity of size n, every factor of which is one."""
+        chain = cls.structure(n, n, radices)
+        for p in chain:
+            if p.b != p.c:
+                raise ValueError(f"radices must be square for an identity, got {(p.b, p.c)}")
+        eyes = (torch.eye(p.b, dtype=dtype, device=device)[..., None].repeat(p.a, 1, 1, p.d) for p in chain)
+        return cls(tuple(map(KroneckerSparse, eyes)))
+
+    @classmethod
+    def from_twiddle(cls, twiddle: Tensor, increasing_stride: bool = True) -> Butterfly:
+        """The matrix of torch_butterfly's parameters for one stack.
+
+        Args:
+            twiddle: shape (nblocks, log2 n, n / 2, 2, 2), applied from the first block and level on; or with a leading
+                dimension of size 1, the stack.
+            increasing_stride: whether the strides of the first block are 1, 2, ..., n / 2 in order of application;
+                they alternate from block to block.
+
+        Raises:
+            ValueError: if the shape is not that of a twiddle.
+        """
+        check_tensor("twiddle", twiddle, 5)
+        stacked = twiddle if twiddle.ndim == 5 else twiddle.squeeze(0)
+        if stacked.ndim != 5 or stacked.shape[-2:] != (2, 2) or stacked.shape[2] != 1 << (stacked.shape[1] - 1):
+            raise ValueError(f"twiddle must have shape (nblocks, log2 n, n / 2, 2, 2), got {tuple(twiddle.shape)}")
+        levels, factors = stacked.shape[1], []
+        for block in stacked:
+            for level in range(levels):
+                d = 1 << (level if increasing_stride else levels - 1 - level)
+                factors.append(KroneckerSparse(block[level].unflatten(0, (-1, d)).movedim(1, -1)))
+            increasing_stride = not increasing_stride
+        return cls(tuple(reversed(factors)))
+
+    def randomize_(self, std: float = LINEAR_STD, generator: torch.Generator | None = None) -> Self:
+        # Of a chain of rank 1 one path joins every input to every output: its factors' variances multiply.
+        full = self.factors[-1].shape[-1]
+        gain = std * math.sqrt(full / max(self.ncols, 1))
+        for i, f in enumerate(self.factors):
+            f.randomize_(gain if i == 0 else 1.0, generator)
+        return self
+
+
+def _product(x: Tensor, values: list[Tensor], nrows: int) -> Tensor:
+    """``x @ (values[0] values[1] ...).mT``, cropped to nrows; missing entries of x count as zeros."""
+    blocks = [v.movedim(-1, -3) for v in values]  # (*batch, a, d, b, c)
+    while blocks:
+        *rest, last = blocks
+        a, d, _, p = last.shape[-4:]
+        kept = nrows if len(blocks) <= 2 else None
+        if rest and d == 1 and rest[-1].shape[-4] == 1:  # strided over block-diagonal: a Monarch matrix
+            left = rest.pop()[..., 0, :, :, :]
+            rows = left.shape[-3] * left.shape[-2]
+            x = monarch(x, left.contiguous(), last[..., :, 0, :, :].contiguous(), rows if kept is None else kept)
+        elif rest and a == 1 and rest[-1].shape[-3] == 1:  # the other way round: a transposed one
+            outer = rest.pop()
+            x = F.pad(x, (0, d * p - x.shape[-1])) if x.shape[-1] < d * p else x
+            rows = outer.shape[-4] * outer.shape[-2]
+            left, right = last[..., 0, :, :, :].mT, outer[..., :, 0, :, :].mT
+            x = monarch_transposed(x, left.contiguous(), right.contiguous(), rows if kept is None else kept)
+        else:
+            x = F.pad(x, (0, a * p * d - x.shape[-1])) if x.shape[-1] < a * p * d else x
+            x = kronecker_sparse(x, last)
+        blocks = rest
+    return x[..., :nrows]
+
+
+def _primes(n: int) -> list[int]:
+    """Prime factors, the largest first."""
+    found, p = [], 2
+    while p * p <= n:
+        while n % p == 0:
+            found.append(p)
+            n //= p
+        p += 1
+    return sorted([*found, n] if n > 1 else found, reverse=True)
+
+
+def _pair_up(m: int, n: int) -> list[tuple[int, int]]:
+    """Radices of an m x n butterfly: the prime factors of both sizes, in as many groups as the shorter list has."""
+    rows, columns = _primes(m) or [1], _primes(n) or [1]
+    count = min(len(rows), len(columns))
+
+    def grouped(primes: list[int]) -> list[int]:
+        groups = [1] * count
+        for p in primes:  # the next one to the smallest group
+            groups[groups.index(min(groups))] *= p
+        return sorted(groups, reverse=True)
+
+    return list(zip(grouped(rows), grouped(columns), strict=True))
