@@ -22,6 +22,7 @@ from structmat.matrices import (
     KroneckerSparse,
     LowRank,
     Monarch,
+    OrthogonalButterfly,
     Permutation,
 )
 
@@ -43,6 +44,7 @@ __all__ = [
     "LowRankConfig",
     "Monarch",
     "MonarchConfig",
+    "OrthogonalButterfly",
     "Pattern",
     "Permutation",
     "Product",

@@ -7,6 +7,17 @@ from structmat.matrices.diagonal import Diagonal
 from structmat.matrices.kronecker_sparse import KroneckerSparse
 from structmat.matrices.low_rank import LowRank
 from structmat.matrices.monarch import Monarch
+from structmat.matrices.orthogonal_butterfly import OrthogonalButterfly
 from structmat.matrices.permutation import Permutation
 
-__all__ = ["BlockDiagonal", "Butterfly", "Dense", "Diagonal", "KroneckerSparse", "LowRank", "Monarch", "Permutation"]
+__all__ = [
+    "BlockDiagonal",
+    "Butterfly",
+    "Dense",
+    "Diagonal",
+    "KroneckerSparse",
+    "LowRank",
+    "Monarch",
+    "OrthogonalButterfly",
+    "Permutation",
+]

@@ -200,6 +200,8 @@ class Butterfly(StructuredMatrix):
         shape: Any,
         radices: Iterable[int | tuple[int, int]] | None = None,
         pad: bool = False,
+        nblocks: int = 1,
+        increasing_stride: bool = True,
         *,
         generator: torch.Generator | None = None,
         dtype: torch.dtype | None = None,
@@ -211,14 +213,38 @@ class Butterfly(StructuredMatrix):
             shape: (*batch, m, n).
             radices: see :meth:`structure`.
             pad: see :meth:`structure`.
+            nblocks: how many butterflies to multiply; all but the first to be applied are square. Their strides grow
+                and shrink in turns, so that two are a matrix B B'^T, the kaleidoscope's building block.
+            increasing_stride: whether the strides of the first to be applied grow in order of application.
             generator: source of randomness.
             dtype: the default dtype of torch if None.
             device: the default device of torch if None.
         """
         batch, m, n = check_matrix_shape(shape)
-        chain = cls.structure(m, n, radices, pad)
-        values = tuple(torch.empty((*batch, *p), dtype=dtype, device=device) for p in chain)
+        patterns = cls._patterns(m, n, radices, pad, nblocks, increasing_stride)
+        values = tuple(torch.empty((*batch, *p), dtype=dtype, device=device) for p in patterns)
         return cls(tuple(map(KroneckerSparse, values)), m, n).randomize_(generator=generator)
+
+    @classmethod
+    def _patterns(
+        cls,
+        m: int,
+        n: int,
+        radices: Iterable[int | tuple[int, int]] | None,
+        pad: bool,
+        nblocks: int,
+        increasing_stride: bool,
+    ) -> list[Pattern]:
+        check_int("nblocks", nblocks)
+        chain = list(cls.structure(m, n, radices, pad))
+        square = list(Chain.mixed_radix([p.b for p in chain]))
+        if not increasing_stride:  # radices in the same order, strides the other way round
+            chain = [p.mT for p in reversed(list(Chain.mixed_radix([(p.c, p.b) for p in reversed(chain)])))]
+        patterns = chain
+        for block in range(1, nblocks):
+            grows = increasing_stride == (block % 2 == 0)
+            patterns = (square if grows else [p.mT for p in reversed(square)]) + patterns
+        return patterns
 
     @classmethod
     def identity(

@@ -19,6 +19,7 @@ from structmat.matrices import (
     KroneckerSparse,
     LowRank,
     Monarch,
+    OrthogonalButterfly,
     Permutation,
 )
 
@@ -37,6 +38,11 @@ def dense_by_definition(A: StructuredMatrix) -> Tensor:
         return functools.reduce(join, dense)
     if isinstance(A, Butterfly):
         return functools.reduce(torch.matmul, map(dense_by_definition, A.factors))[..., : A.nrows, : A.ncols]
+    if isinstance(A, OrthogonalButterfly):
+        dense = [dense_by_definition(g) for g in A.generators]
+        return functools.reduce(torch.matmul, [torch.linalg.matrix_exp(g - g.mH) for g in dense])[
+            ..., : A.nrows, : A.ncols
+        ]
     if isinstance(A, Transposed):
         return dense_by_definition(A.base).mT
     if isinstance(A, Scaled):

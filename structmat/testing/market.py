@@ -19,6 +19,7 @@ from structmat.matrices import (
     KroneckerSparse,
     LowRank,
     Monarch,
+    OrthogonalButterfly,
     Permutation,
 )
 from structmat.testing.definitions import dense_by_definition
@@ -125,6 +126,11 @@ def _entries() -> Iterator[tuple[str, Make, bool]]:
     yield "butterfly-square", _invertible_butterfly((1, 2, 2, 6), (2, 3, 3, 2), (6, 2, 2, 1)), True
     yield "butterfly-reversed", _invertible_butterfly((4, 2, 2, 1), (2, 2, 2, 2), (1, 2, 2, 4)), True
     yield "butterfly-batch-square", _invertible_butterfly((1, 3, 3, 2), (3, 2, 2, 1), batch=(2,)), True
+    yield "orthogonalbutterfly", _random(OrthogonalButterfly, (8, 8)), True
+    yield "orthogonalbutterfly-mixed", _random(OrthogonalButterfly, (6, 6), radices=(2, 3)), True
+    yield "orthogonalbutterfly-rows", _random(OrthogonalButterfly, (5, 12)), False
+    yield "orthogonalbutterfly-columns", _random(OrthogonalButterfly, (7, 3)), False
+    yield "orthogonalbutterfly-batch", _random(OrthogonalButterfly, (2, 4, 4)), True
     monarch, square = _random(Monarch, (6, 10), nblocks=2), _invertible_monarch(3, 4, 2, 6)
     yield "transposed", _wrap(Transposed, monarch), False
     yield "transposed-square", _wrap(Transposed, square), True

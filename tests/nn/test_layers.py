@@ -10,7 +10,15 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import structmat as sm
-from structmat.nn import BlockDiagonalLinear, LowRankLinear, MatrixParameters, MonarchLinear, StructuredLinear
+from structmat.nn import (
+    BlockDiagonalLinear,
+    ButterflyLinear,
+    LowRankLinear,
+    MatrixParameters,
+    MonarchLinear,
+    OrthogonalButterflyLinear,
+    StructuredLinear,
+)
 from structmat.testing import assert_close
 
 LAYERS = {
@@ -18,6 +26,9 @@ LAYERS = {
     "monarch-kl": lambda i, o, **kw: MonarchLinear(i, o, nblocks=(2, 3), rank=2, **kw),
     "lowrank": lambda i, o, **kw: LowRankLinear(i, o, rank=3, **kw),
     "blockdiagonal": lambda i, o, **kw: BlockDiagonalLinear(i, o, nblocks=3, **kw),
+    "butterfly": lambda i, o, **kw: ButterflyLinear(i, o, **kw),
+    "butterfly-blocks": lambda i, o, **kw: ButterflyLinear(i, o, nblocks=2, pad=True, **kw),
+    "orthogonal": lambda i, o, **kw: OrthogonalButterflyLinear(i, o, **kw),
     "product": lambda i, o, **kw: StructuredLinear(
         sm.Monarch.random((o, i), 2, **{k: v for k, v in kw.items() if k != "bias"})
         @ sm.Permutation.random((i, i), **{k: v for k, v in kw.items() if k != "bias"}),
@@ -49,7 +60,7 @@ def test_forward_equals_the_dense_layer(make, size):
 
 
 @pytest.mark.parametrize("size", [(384, 1536), (1536, 384), (50, 37), (5, 64), (1024, 1024)], ids=str)
-@pytest.mark.parametrize("name", ["monarch", "lowrank", "blockdiagonal"])
+@pytest.mark.parametrize("name", ["monarch", "lowrank", "blockdiagonal", "butterfly", "butterfly-blocks"])
 def test_output_variance_is_that_of_linear(name, size):
     """Standard deviation 1/sqrt(3) within 5% for N(0, 1) inputs, without bias; the bias is uniform by fan-in."""
     outputs = []
