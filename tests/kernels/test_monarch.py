@@ -144,8 +144,8 @@ def test_rule(device, name, monkeypatch, monarch_operands, poisoned):
     configs = rules.choose(sizes, tokens, torch.float32, args[0].device)
     assert configs[0]["path"] == name.split(",")[0]
     close(launch.forward(*args, shape[6], ""), exact(*args, shape[6]))
-    for config in configs[1:] if device == "cpu" else configs[-1:]:  # others may need more than the device has
-        close(launch.forward(*args, shape[6], "", config), exact(*args, shape[6]))
+    if len(configs) > 1:  # what any device has room for
+        close(launch.forward(*args, shape[6], "", configs[-1]), exact(*args, shape[6]))
 
 
 def test_measurements_come_before_the_rule(monkeypatch, monarch_operands):

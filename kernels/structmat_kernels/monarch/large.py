@@ -50,7 +50,8 @@ def deinterleaving(T: int, nrows: int, strides: tuple[int, ...], L: int, S: int,
 
     ``want_b``: and its sums over every PART tokens as (parts, G, nrows).
     """
-    more = {"REPEAT": PART // 16, "WANT_B": want_b, "num_warps": 4}
+    odd = nrows % 16 or S % 8  # masks take registers
+    more = {"REPEAT": PART // 16, "WANT_B": want_b, "num_warps": 8 if odd else 4}
     grid = (cdiv(T, PART) * _columns(L, S), G)
     return Launch(kb.deinterleave, grid, (T, nrows, G, *strides), L=L, S=S, **_tiles(L, S), **more)
 

@@ -56,14 +56,17 @@ def choose(z: Factors, tokens: int, dtype: torch.dtype, device: torch.device) ->
     BU, room = pad(S), shared_memory(device)
     JB = 32 if 16 < L < 32 else 16
     tile = {"TT": 16, "JB": JB, "BR": pad(R), "STAGES": 3, "num_warps": 8, "CTAS": 1}
-    for rows in (BU, BU // 2, BU // 4) if S > R or JB == 32 else (BU,):
-        if L >= 16 and rows >= 16 and dtype.itemsize * JB * pad(R) * (rows + 2 * 16) <= room:
+    # The outputs' tile counts where room is short; an H100 has room for more than this bound says.
+    outputs = 0 if large else 16
+    for rows in (BU, BU // 2, BU // 4) if S > R or JB == 32 or not half else (BU,):
+        fits = dtype.itemsize * JB * (pad(R) * (rows + 2 * 16) + outputs * rows) <= room
+        if L >= 16 and rows >= 16 and fits and (half or rows <= 32):  # more spills registers
             configs.append(stages | tile | {"BU": rows})
     if L < 16:
         JB, BU = (4 if L <= 4 else 8), (64 if half else 32)
         tile = {"JB": JB, "TT": 64, "BU": BU, "BR": BU, "num_warps": JB if half else 8, "BATCHED": False}
     elif half and large:  # masks take registers
-        tile = {"JB": 16, "TT": 32 if S % 8 or R % 8 else 64, "BU": 32, "BR": 32, "num_warps": 8}
+        tile = {"JB": 16, "TT": 32 if S % 32 or R % 32 else 64, "BU": 32, "BR": 32, "num_warps": 8}
     else:
         tile = {"JB": 16, "TT": 16, "BU": 32, "BR": 16, "num_warps": 8}
     return [*configs, stages | {"STAGES": 2} | tile, SMALLEST]
@@ -95,6 +98,7 @@ def _resident(z: Factors, item: int, room: int) -> list[Config]:
         direct = z.Q % z.L == 0 or (z.Q % JB == 0 and z.L % JB == 0)
         needed = item * (JB * BI * (BP + BU) + 2 * BI * 16 * BP + JB * 16 * max(BI, BU))
         if direct and pad(z.L) >= JB and needed <= room:
+            warps = 16 if item == 4 and BU >= 64 else warps
             return [{"path": "resident", "TT": 16, "JB": JB, "STAGES": 3, "num_warps": warps, "CTAS": 1}]
     return []
 
@@ -123,7 +127,8 @@ def choose_backward(z: Factors, tokens: int, dtype: torch.dtype, device: torch.d
     first = {"TX": 128 if z.P <= 32 else 64, "BA": 64, "RSTAGES": 2, "right_warps": 4}
     stages = {"STAGES": 3 if half else 1, "num_warps": 8 if z.widest > 64 else 4}
     many = 512 if z.widest <= 64 or min(z.Q, z.P) <= 32 else 256
-    right = stages | {"TX": 64, "programs": many, "num_warps": 4 if z.Q * z.P <= 4096 else 8}
+    masked = pad(z.Q) * pad(z.P) >= 4096 and z.P % 8 > 0  # masks take registers
+    right = stages | {"TX": 64, "programs": many, "num_warps": 8 if z.Q * z.P > 4096 or masked else 4}
     c = {"path": "general", "TT": 64, "hidden": first, "right": right} | stages
     if z.S * z.R <= 1024:
         return [c | {"programs": 512, "STAGES": 4 if half else 1}, smallest]
