@@ -208,3 +208,28 @@ class Chain:
 
 def _log2(n: int) -> int:
     return n.bit_length() - 1
+
+
+def _primes(n: int) -> list[int]:
+    """Prime factors, the largest first."""
+    found, p = [], 2
+    while p * p <= n:
+        while n % p == 0:
+            found.append(p)
+            n //= p
+        p += 1
+    return sorted([*found, n] if n > 1 else found, reverse=True)
+
+
+def prime_radices(m: int, n: int) -> list[tuple[int, int]]:
+    """Radices of an m x n butterfly: the prime factors of both sizes, in as many groups as the shorter list has."""
+    rows, columns = _primes(m) or [1], _primes(n) or [1]
+    count = min(len(rows), len(columns))
+
+    def grouped(primes: list[int]) -> list[int]:
+        groups = [1] * count
+        for p in primes:  # the next one to the smallest group
+            groups[groups.index(min(groups))] *= p
+        return sorted(groups, reverse=True)
+
+    return list(zip(grouped(rows), grouped(columns), strict=True))

@@ -5,9 +5,12 @@ from __future__ import annotations
 import functools
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from structmat.chain import Pattern
+from structmat_kernels.kronecker_sparse import kronecker_sparse
+from structmat_kernels.monarch import monarch, monarch_transposed
 
 #: Reading and writing an entry of the vectors between two stages costs about as many multiply-adds.
 PASS = 64
@@ -95,3 +98,27 @@ def product_flops(patterns: tuple[Pattern, ...]) -> int:
             whole = merged
         total += 2 * whole.num_params
     return total
+
+
+def stage_product(x: Tensor, values: list[Tensor], nrows: int) -> Tensor:
+    """``x @ (values[0] values[1] ...).mT``, cropped to nrows; missing entries of x count as zeros."""
+    blocks = [v.movedim(-1, -3) for v in values]  # (*batch, a, d, b, c)
+    while blocks:
+        *rest, last = blocks
+        a, d, _, p = last.shape[-4:]
+        kept = nrows if len(blocks) <= 2 else None
+        if rest and d == 1 and rest[-1].shape[-4] == 1:  # strided over block-diagonal: a Monarch matrix
+            left = rest.pop()[..., 0, :, :, :]
+            rows = left.shape[-3] * left.shape[-2]
+            x = monarch(x, left.contiguous(), last[..., :, 0, :, :].contiguous(), rows if kept is None else kept)
+        elif rest and a == 1 and rest[-1].shape[-3] == 1:  # the other way round: a transposed one
+            outer = rest.pop()
+            x = F.pad(x, (0, d * p - x.shape[-1])) if x.shape[-1] < d * p else x
+            rows = outer.shape[-4] * outer.shape[-2]
+            left, right = last[..., 0, :, :, :].mT, outer[..., :, 0, :, :].mT
+            x = monarch_transposed(x, left.contiguous(), right.contiguous(), rows if kept is None else kept)
+        else:
+            x = F.pad(x, (0, a * p * d - x.shape[-1])) if x.shape[-1] < a * p * d else x
+            x = kronecker_sparse(x, last)
+        blocks = rest
+    return x[..., :nrows]

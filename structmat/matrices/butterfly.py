@@ -9,17 +9,14 @@ from collections.abc import Iterable
 from typing import Any, Self
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from structmat._checks import check_int, check_matrix_shape, check_tensor
 from structmat.base import LINEAR_STD, StructuredMatrix, matrix, static
-from structmat.chain import Chain, Pattern
-from structmat.matrices._merge import merged_stages, product_flops
+from structmat.chain import Chain, Pattern, prime_radices
+from structmat.matrices._merge import merged_stages, product_flops, stage_product
 from structmat.matrices.block_diagonal import crop_size
 from structmat.matrices.kronecker_sparse import KroneckerSparse
-from structmat_kernels.kronecker_sparse import kronecker_sparse
-from structmat_kernels.monarch import monarch, monarch_transposed
 
 
 @matrix
@@ -103,7 +100,7 @@ class Butterfly(StructuredMatrix):
         return tuple(f.values for f in self.factors)
 
     def _linear(self, x: Tensor) -> Tensor:
-        return _product(x, merged_stages(self._values()), self.nrows)
+        return stage_product(x, merged_stages(self._values()), self.nrows)
 
     @property
     def mT(self) -> Butterfly:
@@ -155,7 +152,7 @@ class Butterfly(StructuredMatrix):
     # ---------------------------------------------------------------- construction
     @classmethod
     def structure(
-        cls, m: int, n: int, radices: Iterable[int | tuple[int, int]] | None = None, pad: bool = False
+        cls, m: int, n: int, radices: Iterable[int | tuple[int, int]] | None = None, pad: bool = False, rank: int = 1
     ) -> Chain:
         """The chain of an m x n butterfly.
 
@@ -165,9 +162,10 @@ class Butterfly(StructuredMatrix):
             radices: (b, c) or a number for both, of every factor from left to right; by default the prime factors of m
                 and n, the largest first, in as many pairs as the shorter of both lists has.
             pad: take the next powers of two for m and n instead; the chain is then larger than m x n.
+            rank: of the blocks of every split; more than 1 for m = n a power of two (see :meth:`Chain.dyadic`).
 
         Raises:
-            ValueError: if radices do not multiply to m and n, or come with pad.
+            ValueError: if radices do not multiply to m and n, or come with pad or a rank.
         """
         check_int("m", m)
         check_int("n", n)
@@ -175,7 +173,11 @@ class Butterfly(StructuredMatrix):
             if radices is not None:
                 raise ValueError("give radices or pad, not both")
             m, n = (1 << (v - 1).bit_length() for v in (m, n))
-        chain = Chain.mixed_radix(_pair_up(m, n) if radices is None else radices)
+        if check_int("rank", rank) > 1:
+            if radices is not None or m != n:
+                raise ValueError(f"rank {rank} needs a square matrix without radices, got {m} x {n}, {radices!r}")
+            return Chain.dyadic(n, rank)
+        chain = Chain.mixed_radix(prime_radices(m, n) if radices is None else radices)
         if chain.shape != (m, n):
             raise ValueError(f"radices must multiply to the {m} x {n} matrix's sizes, got {chain.shape}")
         return chain
@@ -202,6 +204,7 @@ class Butterfly(StructuredMatrix):
         pad: bool = False,
         nblocks: int = 1,
         increasing_stride: bool = True,
+        rank: int = 1,
         *,
         generator: torch.Generator | None = None,
         dtype: torch.dtype | None = None,
@@ -216,12 +219,13 @@ class Butterfly(StructuredMatrix):
             nblocks: how many butterflies to multiply; all but the first to be applied are square. Their strides grow
                 and shrink in turns, so that two are a matrix B B'^T, the kaleidoscope's building block.
             increasing_stride: whether the strides of the first to be applied grow in order of application.
+            rank: see :meth:`structure`; for one block of growing strides.
             generator: source of randomness.
             dtype: the default dtype of torch if None.
             device: the default device of torch if None.
         """
         batch, m, n = check_matrix_shape(shape)
-        patterns = cls._patterns(m, n, radices, pad, nblocks, increasing_stride)
+        patterns = cls._patterns(m, n, radices, pad, nblocks, increasing_stride, rank)
         values = tuple(torch.empty((*batch, *p), dtype=dtype, device=device) for p in patterns)
         return cls(tuple(map(KroneckerSparse, values)), m, n).randomize_(generator=generator)
 
@@ -234,9 +238,12 @@ class Butterfly(StructuredMatrix):
         pad: bool,
         nblocks: int,
         increasing_stride: bool,
+        rank: int,
     ) -> list[Pattern]:
         check_int("nblocks", nblocks)
-        chain = list(cls.structure(m, n, radices, pad))
+        chain = list(cls.structure(m, n, radices, pad, rank))
+        if rank > 1 and (nblocks > 1 or not increasing_stride):
+            raise ValueError("a rank above 1 is for one block of growing strides: nblocks=1, increasing_stride=True")
         square = list(Chain.mixed_radix([p.b for p in chain]))
         if not increasing_stride:  # radices in the same order, strides the other way round
             chain = [p.mT for p in reversed(list(Chain.mixed_radix([(p.c, p.b) for p in reversed(chain)])))]
@@ -295,52 +302,3 @@ class Butterfly(StructuredMatrix):
         for i, f in enumerate(self.factors):
             f.randomize_(gain if i == 0 else 1.0, generator)
         return self
-
-
-def _product(x: Tensor, values: list[Tensor], nrows: int) -> Tensor:
-    """``x @ (values[0] values[1] ...).mT``, cropped to nrows; missing entries of x count as zeros."""
-    blocks = [v.movedim(-1, -3) for v in values]  # (*batch, a, d, b, c)
-    while blocks:
-        *rest, last = blocks
-        a, d, _, p = last.shape[-4:]
-        kept = nrows if len(blocks) <= 2 else None
-        if rest and d == 1 and rest[-1].shape[-4] == 1:  # strided over block-diagonal: a Monarch matrix
-            left = rest.pop()[..., 0, :, :, :]
-            rows = left.shape[-3] * left.shape[-2]
-            x = monarch(x, left.contiguous(), last[..., :, 0, :, :].contiguous(), rows if kept is None else kept)
-        elif rest and a == 1 and rest[-1].shape[-3] == 1:  # the other way round: a transposed one
-            outer = rest.pop()
-            x = F.pad(x, (0, d * p - x.shape[-1])) if x.shape[-1] < d * p else x
-            rows = outer.shape[-4] * outer.shape[-2]
-            left, right = last[..., 0, :, :, :].mT, outer[..., :, 0, :, :].mT
-            x = monarch_transposed(x, left.contiguous(), right.contiguous(), rows if kept is None else kept)
-        else:
-            x = F.pad(x, (0, a * p * d - x.shape[-1])) if x.shape[-1] < a * p * d else x
-            x = kronecker_sparse(x, last)
-        blocks = rest
-    return x[..., :nrows]
-
-
-def _primes(n: int) -> list[int]:
-    """Prime factors, the largest first."""
-    found, p = [], 2
-    while p * p <= n:
-        while n % p == 0:
-            found.append(p)
-            n //= p
-        p += 1
-    return sorted([*found, n] if n > 1 else found, reverse=True)
-
-
-def _pair_up(m: int, n: int) -> list[tuple[int, int]]:
-    """Radices of an m x n butterfly: the prime factors of both sizes, in as many groups as the shorter list has."""
-    rows, columns = _primes(m) or [1], _primes(n) or [1]
-    count = min(len(rows), len(columns))
-
-    def grouped(primes: list[int]) -> list[int]:
-        groups = [1] * count
-        for p in primes:  # the next one to the smallest group
-            groups[groups.index(min(groups))] *= p
-        return sorted(groups, reverse=True)
-
-    return list(zip(grouped(rows), grouped(columns), strict=True))
