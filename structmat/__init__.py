@@ -1,6 +1,6 @@
 """structmat: structured matrices for PyTorch."""
 
-from structmat import nn, surgery
+from structmat import nn, surgery, transforms
 from structmat.base import StructuredMatrix, matrix, static
 from structmat.chain import Chain, Pattern
 from structmat.config import (
@@ -13,6 +13,7 @@ from structmat.config import (
     config_from_dict,
     project,
 )
+from structmat.config_butterfly import ButterflyConfig
 from structmat.lazy import Inverse, Kronecker, Product, Scaled, Sum, Transposed
 from structmat.matrices import (
     BlockDiagonal,
@@ -33,6 +34,7 @@ __all__ = [
     "BlockDiagonalConfig",
     "BudgetError",
     "Butterfly",
+    "ButterflyConfig",
     "Chain",
     "Config",
     "Dense",
@@ -59,4 +61,5 @@ __all__ = [
     "project",
     "static",
     "surgery",
+    "transforms",
 ]

@@ -83,8 +83,11 @@ class Config:
         build: Any = self.matrix_class
         return build.random(shape, **self.resolve(int(shape[-2]), int(shape[-1])), **kwargs)
 
-    def _project(self, W: Tensor) -> tuple[StructuredMatrix, Tensor | None]:
-        """The projection, and the norm that every matrix of the structure misses at least (None if not known)."""
+    def _project(self, W: Tensor) -> tuple[StructuredMatrix, *tuple[Tensor | None, ...]]:
+        """The projection, the norm that every matrix of the structure misses at least (None if not known).
+
+        And, of a projection that is not optimal, the norm that it misses at most.
+        """
         build: Any = self.matrix_class
         sizes = self.resolve(int(W.shape[-2]), int(W.shape[-1]))
         return build._project(W, **sizes) if hasattr(build, "_project") else (build.from_dense(W, **sizes), None)
@@ -238,15 +241,17 @@ class Projection:
     Attributes:
         matrix: the projection.
         error: the achieved ``|W - M|_F / |W|_F``, measured in double precision on the returned factors.
-        bound: no matrix of this structure has a smaller error; ``error`` equals it up to rounding to the dtype. None
-            for a class that does not certify its projection.
+        bound: no matrix of this structure has a smaller error; where the projection is optimal, ``error`` equals it up
+            to rounding to the dtype. None for a class that does not certify its projection.
         config: what was asked for.
+        guarantee: where the projection is not optimal, what ``error`` cannot exceed but for rounding; else None.
     """
 
     matrix: StructuredMatrix
     error: float
     bound: float | None
     config: Config
+    guarantee: float | None = None
 
 
 @torch.no_grad()
@@ -298,9 +303,9 @@ def project(W: Tensor, config: Config) -> Projection:
         raise TypeError(f"config must be a Config such as MonarchConfig(nblocks=4), got {type(config).__name__}")
     if not torch.isfinite(W).all():
         raise ValueError("W has NaN or infinite entries")
-    matrix, lost = config._project(W.detach())
+    matrix, lost, *most = config._project(W.detach())
     rows = W.reshape(-1, W.shape[-1]).split(max(1, _CHUNK // W.shape[-1]))
     size = torch.stack([torch.linalg.vector_norm(r.to(work_dtype(W))) for r in rows]).norm()
     scale = size if size > 0 else torch.ones_like(size)
-    bound = None if lost is None else (torch.linalg.vector_norm(lost) / scale).item()
-    return Projection(matrix, (residual_norm(W, matrix) / scale).item(), bound, config)
+    bounds = [None if b is None else (torch.linalg.vector_norm(b) / scale).item() for b in (lost, *most)]
+    return Projection(matrix, (residual_norm(W, matrix) / scale).item(), bounds[0], config, *bounds[1:])

@@ -8,7 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from structmat.chain import Pattern
+from structmat.chain import Pattern, unchainable
+from structmat.projection.splitting import merge as merge_chained
 from structmat_kernels.kronecker_sparse import kronecker_sparse
 from structmat_kernels.monarch import monarch, monarch_transposed
 
@@ -16,35 +17,39 @@ from structmat_kernels.monarch import monarch, monarch_transposed
 PASS = 64
 
 
-def _reverse(left: Pattern, right: Pattern) -> bool:
-    """Whether strides grow from left to right, without a remainder: the mirror image of a chain."""
-    return (
-        left.a == right.a * right.b and right.d == left.d * left.c and left.a % right.a == 0 and right.d % left.d == 0
-    )
+def _mirrored(p: Pattern) -> Pattern:
+    """The pattern in the mirror, the first index last: chains whose strides grow to the right are chains there."""
+    return Pattern(p.d, p.b, p.c, p.a)
+
+
+def _rank(left: Pattern, right: Pattern) -> int | None:
+    """The rank of the blocks of ``left right``, chained or chained in the mirror; else None."""
+    rank = left.rank(right)
+    return rank if rank is not None else _mirrored(left).rank(_mirrored(right))
 
 
 def joined(left: Pattern, right: Pattern) -> Pattern | None:
     """The pattern of ``left right`` where that is Kronecker-sparse, else None."""
     if left.rank(right) is not None:
         return left.merge(right)
-    if _reverse(left, right):
-        return Pattern(right.a, left.a * left.b // right.a, right.c * right.d // left.d, left.d)
-    return None
+    left, right = _mirrored(left), _mirrored(right)
+    return _mirrored(left.merge(right)) if left.rank(right) is not None else None
 
 
 def merge(left: Tensor, right: Tensor) -> Tensor:
     """The values of the product of two factors that :func:`joined` joins; shapes (*batch, a, b, c, d)."""
     first, second = Pattern(*left.shape[-4:]), Pattern(*right.shape[-4:])
-    rank = first.rank(second)
-    if rank is not None:
-        alpha, delta = second.a // first.a, first.d // second.d
-        x = left.unflatten(-1, (delta, second.d)).unflatten(-3, (alpha, rank))  # (a, b, alpha, rank, delta, e)
-        y = right.unflatten(-3, (rank, delta)).unflatten(-5, (first.a, alpha))  # (a, alpha, rank, delta, c, e)
-        z = torch.einsum("...abxrke,...axrkce->...abkxce", x, y)
-        return z.flatten(-3, -2).flatten(-4, -3)
-    x = left.unflatten(-4, (second.a, second.b))  # (a, o, b, i, e)
-    y = right.unflatten(-1, (first.c, first.d))  # (a, o, c, i, e)
-    return (x.unsqueeze(-3) * y.unsqueeze(-4)).flatten(-5, -4).flatten(-3, -2)
+    if first.rank(second) is not None:
+        return merge_chained(left, right)
+    # In the mirror: the second one's d is alpha times the first's, the first one's a is delta times the second's.
+    rank = _rank(first, second)
+    if rank is None:
+        raise ValueError(unchainable(first, second))
+    alpha, delta = second.d // first.d, first.a // second.a
+    x = left.unflatten(-2, (rank, alpha)).unflatten(-5, (second.a, delta))  # (a, delta, b, rank, alpha, d)
+    y = right.unflatten(-1, (alpha, first.d)).unflatten(-4, (delta, rank))  # (a, delta, rank, c, alpha, d)
+    z = x * y if rank == 1 else torch.einsum("...axbrke,...axrcke->...axbcke", x, y)
+    return z.flatten(-5, -4).flatten(-3, -2)
 
 
 @functools.lru_cache(1024)
@@ -92,9 +97,9 @@ def product_flops(patterns: tuple[Pattern, ...]) -> int:
     for start, stop in stages(patterns):
         whole = patterns[start]
         for right in patterns[start + 1 : stop]:
-            rank, merged = whole.rank(right), joined(whole, right)
+            rank, merged = _rank(whole, right), joined(whole, right)
             assert merged is not None  # stages only cuts runs that join
-            total += merged.num_params * (2 * rank if rank else 1)
+            total += merged.num_params * (2 * rank if rank and rank > 1 else 1)
             whole = merged
         total += 2 * whole.num_params
     return total

@@ -11,12 +11,17 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
-from structmat._checks import check_int, check_matrix_shape, check_tensor
+from structmat._checks import check_inexact, check_int, check_matrix_shape, check_tensor
 from structmat.base import LINEAR_STD, StructuredMatrix, matrix, static
 from structmat.chain import Chain, Pattern, prime_radices
+from structmat.lazy import compose
 from structmat.matrices._merge import merged_stages, product_flops, stage_product
+from structmat.matrices._twiddle import twiddle_values
 from structmat.matrices.block_diagonal import crop_size
 from structmat.matrices.kronecker_sparse import KroneckerSparse
+from structmat.matrices.permutation import Permutation
+from structmat.projection.butterfly import project_butterfly
+from structmat.projection.refine import refine, search_permutation
 
 
 @matrix
@@ -183,6 +188,67 @@ class Butterfly(StructuredMatrix):
         return chain
 
     @classmethod
+    def _project(
+        cls, W: Tensor, chain: Chain, permutation: Tensor | str | None = None, order: str = "balanced", sweeps: int = 0
+    ) -> tuple[StructuredMatrix, Tensor, Tensor]:
+        check_tensor("W", W, 2)
+        check_inexact("W", W)
+        W = W.detach()
+        if isinstance(permutation, str):
+            if permutation != "search":
+                raise ValueError(f'permutation must be None, a tensor of indices or "search", got {permutation!r}')
+            permutation, _ = search_permutation(W, chain)
+        if permutation is not None:
+            outer = Permutation(permutation.to(W.device), W.dtype)
+            W = W[..., outer.perm]
+        values, lower, upper = project_butterfly(W, chain, order)
+        if check_int("sweeps", sweeps, 0):
+            values, upper = refine(W, values, chain, sweeps)
+        B = cls(tuple(map(KroneckerSparse, values)))
+        return (B if permutation is None else compose(B, outer)), lower, upper
+
+    @classmethod
+    def from_dense(
+        cls,
+        W: Tensor,
+        chain: Chain | None = None,
+        permutation: Tensor | str | None = None,
+        order: str = "balanced",
+        sweeps: int = 0,
+    ) -> StructuredMatrix:
+        """A butterfly near to a dense matrix: exact where there is one, else within sqrt(log n) of the nearest.
+
+        ``structmat.project(W, ButterflyConfig(...))`` returns the proof beside it: a bound that no matrix of the chain
+        can beat, and one that this one cannot exceed. See :func:`structmat.projection.project_butterfly`.
+
+        Args:
+            W: shape (*batch, m, n), floating point or complex. Carries no gradient.
+            chain: of the shape (m, n); by default that of the prime factors (:meth:`structure`).
+            permutation: of W's columns, before the projection: indices of shape (n,); "search" to try the known ones
+                (bit reversal and its kin, at the cost of some ten projections); None for none.
+            order: "balanced" or "left-to-right": which factors are split off first.
+            sweeps: of alternating least squares afterwards; they never make it worse.
+
+        Returns:
+            A butterfly; with a permutation, the product ``Butterfly @ Permutation``.
+
+        Raises:
+            TypeError: if W is not a floating-point or complex tensor.
+            ValueError: if the chain has another shape, the permutation is none, or W has NaN or infinite entries.
+
+        Example:
+            >>> import torch, structmat
+            >>> dft = torch.fft.fft(torch.eye(16, dtype=torch.complex128))
+            >>> A = structmat.Butterfly.from_dense(dft, permutation="search")
+            >>> type(A).__name__, A.num_params, torch.allclose(A.to_dense(), dft, atol=1e-13)
+            ('Product', 128, True)
+        """
+        if chain is None:
+            check_tensor("W", W, 2)
+            chain = cls.structure(W.shape[-2], W.shape[-1])
+        return cls._project(W, chain, permutation, order, sweeps)[0]
+
+    @classmethod
     def from_chain(
         cls,
         chain: Chain,
@@ -283,17 +349,7 @@ class Butterfly(StructuredMatrix):
         Raises:
             ValueError: if the shape is not that of a twiddle.
         """
-        check_tensor("twiddle", twiddle, 5)
-        stacked = twiddle if twiddle.ndim == 5 else twiddle.squeeze(0)
-        if stacked.ndim != 5 or stacked.shape[-2:] != (2, 2) or stacked.shape[2] != 1 << (stacked.shape[1] - 1):
-            raise ValueError(f"twiddle must have shape (nblocks, log2 n, n / 2, 2, 2), got {tuple(twiddle.shape)}")
-        levels, factors = stacked.shape[1], []
-        for block in stacked:
-            for level in range(levels):
-                d = 1 << (level if increasing_stride else levels - 1 - level)
-                factors.append(KroneckerSparse(block[level].unflatten(0, (-1, d)).movedim(1, -1)))
-            increasing_stride = not increasing_stride
-        return cls(tuple(reversed(factors)))
+        return cls(tuple(map(KroneckerSparse, twiddle_values(twiddle, increasing_stride))))
 
     def randomize_(self, std: float = LINEAR_STD, generator: torch.Generator | None = None) -> Self:
         # Of a chain of rank 1 one path joins every input to every output: its factors' variances multiply.

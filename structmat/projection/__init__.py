@@ -1,6 +1,16 @@
 """Optimal and approximate factorisations: tensors in, factors and certificates out; no matrix classes here."""
 
 from structmat.projection.blockwise import project_block_diagonal, project_monarch
+from structmat.projection.butterfly import project_butterfly
+from structmat.projection.refine import permutation_candidates, refine, search_permutation
 from structmat.projection.truncated import truncated_svd
 
-__all__ = ["project_block_diagonal", "project_monarch", "truncated_svd"]
+__all__ = [
+    "permutation_candidates",
+    "project_block_diagonal",
+    "project_butterfly",
+    "project_monarch",
+    "refine",
+    "search_permutation",
+    "truncated_svd",
+]

@@ -64,6 +64,8 @@ def test_merges_in_both_directions():
         while len(values) > 1:
             values = [merge(values[0], values[1]), *values[2:]]
         assert_close(dense_by_definition(KroneckerSparse(values[0])).to(whole.dtype), whole)
+    two = random_butterfly(Chain.dyadic(64, 2))
+    assert len(stages(two.mT.patterns)) == len(stages(two.patterns)) and two.mT.flops == two.flops
     growing = tuple(torch.randn(p, dtype=torch.float64) for p in ((4, 2, 2, 1), (2, 2, 2, 2), (1, 2, 2, 4)))
     B = Butterfly(growing)
     assert stages(B.patterns) == ((0, 3),)
