@@ -86,7 +86,7 @@ class Chain:
     reverse order are no chain, their strides grow the other way; matrices of both kinds multiply equally fast.
 
     Args:
-        patterns: ``Pattern``s or tuples (a, b, c, d).
+        patterns: a :class:`Pattern` or a tuple (a, b, c, d) for every factor.
 
     Raises:
         TypeError: if an entry is not an integer.

@@ -200,3 +200,5 @@ S = Diagonal(torch.full((n,), 4.0)) + M
 solution, info = gmres(S.to_scipy(), x[:, 0].numpy(), rtol=1e-12)
 assert info == 0
 print(f"gmres: error {error(torch.from_numpy(solution), torch.linalg.solve(S.to_dense(), x[:, 0])):.1e}")
+
+torch.set_default_dtype(torch.float32)  # as it was: other examples may run after this one
