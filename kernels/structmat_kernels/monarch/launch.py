@@ -123,6 +123,15 @@ def _output(call: Call, x: Tensor) -> Tensor:
     return torch.empty((*x.shape[:-1], call.nrows), dtype=x.dtype, device=x.device)
 
 
+def _one_launch(call: Call, run: Launch) -> Plan:
+    def plan(x: Tensor, left: Tensor, right: Tensor, bias: Tensor) -> Tensor:
+        y = _output(call, x)
+        run(x, left, right, bias, y)
+        return y
+
+    return plan
+
+
 def _small(call: Call, c: Config) -> Plan:
     z = call.z
     tiles = {"TT": c["TT"], "BI": min(c["BI"], pad(z.R)), "BR": pad(z.R), "BP": pad(z.P), "BU": pad(z.S)}
@@ -130,13 +139,7 @@ def _small(call: Call, c: Config) -> Plan:
         kf.small, (z.L, cdiv(call.T, c["TT"]), call.G), (call.T, call.n, call.nrows, *call.strides),
         **z._asdict(), **tiles, **_epilogue(call), num_warps=c["num_warps"],
     )  # fmt: skip
-
-    def plan(x: Tensor, left: Tensor, right: Tensor, bias: Tensor) -> Tensor:
-        y = _output(call, x)
-        run(x, left, right, bias, y)
-        return y
-
-    return plan
+    return _one_launch(call, run)
 
 
 def _resident(call: Call, c: Config) -> Plan:
@@ -149,13 +152,7 @@ def _resident(call: Call, c: Config) -> Plan:
         TT=c["TT"], JB=JB, BI=pad(z.R), BP=pad(z.P), BU=pad(z.S), STAGES=c["STAGES"], **_epilogue(call),
         **arithmetic(call.dtype), num_warps=c["num_warps"],
     )  # fmt: skip
-
-    def plan(x: Tensor, left: Tensor, right: Tensor, bias: Tensor) -> Tensor:
-        y = _output(call, x)
-        run(x, left, right, bias, y)
-        return y
-
-    return plan
+    return _one_launch(call, run)
 
 
 def _stages(call: Call, c: Config) -> Plan:
