@@ -51,6 +51,8 @@ class ButterflyConfig(Config):
             check_int("rank", self.rank)
             if (self.max_params or self.ratio) is not None:
                 raise ValueError("give a rank or a budget (max_params, ratio), not both")
+        if self.order not in ("balanced", "left-to-right"):
+            raise ValueError(f'order must be "balanced" or "left-to-right", got {self.order!r}')
         if self.permutation not in (None, "search"):
             raise ValueError(f'permutation must be None or "search", got {self.permutation!r}')
 

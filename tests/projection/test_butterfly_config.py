@@ -32,6 +32,17 @@ def test_a_transform_is_recovered_with_its_permutation(name):
     assert relative_error(same.to_dense(), W) <= 1e-13
 
 
+@pytest.mark.parametrize("kind", [2, 4])
+@pytest.mark.parametrize("transform", [scipy.fft.dct, scipy.fft.dst])
+def test_the_search_finds_what_its_page_says(transform, kind):
+    """Cosine and sine transforms of types 2 and 4; of type 3, the transpose of type 2, only the transpose."""
+    config = ButterflyConfig(rank=2, permutation="search")
+    W = torch.from_numpy(transform(torch.eye(N).double().numpy(), type=kind, axis=0, norm="ortho"))
+    assert project(W, config).error <= 1e-13
+    third = torch.from_numpy(transform(torch.eye(N).double().numpy(), type=3, axis=0, norm="ortho"))
+    assert project(third, config).bound > 0.1 and project(third.mT.contiguous(), config).error <= 1e-13
+
+
 def test_a_permutation_of_columns_is_applied_first():
     W = TRANSFORMS["dft"]
     perm = torch.arange(N).view(2, 2, 2, 2, 2, 2).permute(5, 4, 3, 2, 1, 0).reshape(-1)
@@ -70,6 +81,8 @@ def test_a_config_is_a_small_json_value():
     )
     with pytest.raises(ValueError, match='permutation must be None or "search"'):
         ButterflyConfig(permutation="all")
+    with pytest.raises(ValueError, match='order must be "balanced" or "left-to-right", got \'middle\''):
+        ButterflyConfig(order="middle")
     with pytest.raises(ValueError, match="a rank or a budget"):
         ButterflyConfig(rank=2, ratio=0.5)
     with pytest.raises(ValueError, match="needs a square matrix without radices"):
