@@ -8,6 +8,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 from harness.cases.linear import FOUR, SQRT
+from harness.cases.transforms import MERGED
 from harness.problem import FORWARD, TRAINING
 
 Row = dict[str, Any]
@@ -65,7 +66,7 @@ class Rows:
 def evaluate(rows: Iterable[Row]) -> list[Verdict]:
     """A verdict for every target at every size."""
     found = Rows(rows)
-    return [*_monarch(found), *_decode(found), *_hadamard(found), *_sparse(found), *_errors(found)]
+    return [*_monarch(found), *_decode(found), *_hadamard(found), *_butterfly(found), *_sparse(found), *_errors(found)]
 
 
 def _case(n: int, direction: str = FORWARD) -> str:
@@ -106,6 +107,11 @@ def _hadamard(rows: Rows) -> Iterator[Verdict]:
         for tokens in LONG:
             share = rows.ratio("Hadamard", "copy", "hadamard", n, tokens)
             yield Verdict("Hadamard", _case(n), tokens, "time over a copy", 1.15, False, share)
+
+
+def _butterfly(rows: Rows) -> Iterator[Verdict]:
+    share = rows.ratio(MERGED, SQRT, "butterfly", 4096, 8192)
+    yield Verdict("Butterfly", _case(4096), 8192, f"time over {SQRT}", 1.2, False, share)
 
 
 def _sparse(rows: Rows) -> Iterator[Verdict]:

@@ -15,7 +15,7 @@ from structmat._checks import check_inexact, check_int, check_matrix_shape, chec
 from structmat.base import LINEAR_STD, StructuredMatrix, matrix, static
 from structmat.chain import Chain, Pattern, prime_radices
 from structmat.lazy import compose
-from structmat.matrices._merge import merged_stages, product_flops, stage_product
+from structmat.matrices._merge import merged_stages, pass_cost, product_flops, stage_product
 from structmat.matrices._twiddle import twiddle_values
 from structmat.matrices.block_diagonal import crop_size
 from structmat.matrices.kronecker_sparse import KroneckerSparse
@@ -113,7 +113,7 @@ class Butterfly(StructuredMatrix):
 
     @property
     def flops(self) -> int:
-        return math.prod(self.batch_shape) * product_flops(self.patterns)
+        return math.prod(self.batch_shape) * product_flops(self.patterns, pass_cost(self.factors[0].values))
 
     # ---------------------------------------------------------------- solving
     def _check_invertible(self, what: str) -> None:

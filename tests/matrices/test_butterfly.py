@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from structmat import Butterfly, Chain, Diagonal, KroneckerSparse, Monarch
-from structmat.matrices._merge import merge, merged_stages, product_flops, stages
+from structmat.matrices._merge import PASS, PASS_IEEE, _ieee, merge, merged_stages, product_flops, stages
 from structmat.testing import assert_close, dense_by_definition
 
 
@@ -46,6 +46,17 @@ def test_product_in_few_stages(n):
     assert len(runs) == (1 if n <= 64 else 2)
     assert [stop for _, stop in runs[:-1]] == [start for start, _ in runs[1:]] and runs[-1][1] == len(B.factors)
     assert B.flops == product_flops(B.patterns) >= 2 * sum(v.numel() for v in merged_stages(B._values()))
+
+
+def test_dear_multiplications_take_more_stages_of_smaller_blocks():
+    chain = tuple(Chain.dyadic(4096))
+    assert [stop - start for start, stop in stages(chain, PASS)] == [6, 6]
+    assert [stop - start for start, stop in stages(chain, PASS_IEEE)] == [3, 3, 3, 3]
+    assert product_flops(chain, PASS_IEEE) < product_flops(chain, PASS)
+
+
+def test_compilation_asks_for_the_precision():
+    assert torch.compile(lambda x: x * _ieee(), fullgraph=True, backend="eager")(torch.ones(2)).tolist() == [1, 1]
 
 
 def test_two_stages_are_a_monarch_matrix():

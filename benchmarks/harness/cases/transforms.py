@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from harness.cases.find import ways
-from harness.cases.linear import dense
+from harness.cases.linear import SQRT, dense, monarch, sqrt_blocks
 from harness.problem import FORWARD, Alternative, Built, Cost, Problem, seeded
+from structmat import Butterfly, Chain, KroneckerSparse
 
 
 def walsh_hadamard(x: Tensor, scale: float) -> Tensor:
@@ -93,7 +94,7 @@ def butterfly(n: int, tokens: int, dtype: str, direction: str = FORWARD) -> Prob
         return factors, call
 
     def alternatives(problem: Problem, device: torch.device) -> list[Alternative]:
-        found = [dense(problem, device)]
+        found = [dense(problem, device), *_merged(problem, device)]
         for log in [b for b in (1, 3, 4, 5, 6) if bits % b == 0 or b == 1]:
             sizes = levels(n, 2**log)
             cost = Cost.linear(tokens, n, n, sum(a * r * r * d for a, r, d in sizes))
@@ -110,6 +111,26 @@ def butterfly(n: int, tokens: int, dtype: str, direction: str = FORWARD) -> Prob
         return found
 
     return Problem("butterfly", n, n, tokens, dtype, direction, alternatives)
+
+
+MERGED = "Butterfly, radix 2, levels merged"
+
+
+def _merged(problem: Problem, device: torch.device) -> list[Alternative]:
+    """The class as users have it, which merges its levels in every call; and a Monarch matrix, which is merged."""
+    n, chain = problem.inputs, Chain.dyadic(problem.inputs)
+
+    def build(seed: int) -> Built:
+        draw = seeded(seed, device, problem.torch_dtype)
+        factors = [draw(*pattern, std=2**-0.5) for pattern in chain]
+        return factors, lambda x: Butterfly(tuple(map(KroneckerSparse, factors))).linear(x)
+
+    def exact(x: Tensor, *factors: Tensor) -> Tensor:
+        return butterfly_product(x, *(values.movedim(-1, -3) for values in reversed(factors)))
+
+    cost = Cost.linear(problem.tokens, n, n, chain.num_params)
+    merged = Alternative(MERGED, "ours", cost, build, exact)
+    return [merged, *monarch(problem, device, SQRT, sqrt_blocks(n))]
 
 
 def _torch_butterfly(n: int, device: torch.device) -> Callable[[int], Built] | None:
