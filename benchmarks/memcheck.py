@@ -15,6 +15,7 @@ from torch import Tensor
 from structmat_kernels.block_diagonal import block_diagonal
 from structmat_kernels.block_sparse import BlockLayout, block_sparse
 from structmat_kernels.hadamard import hadamard
+from structmat_kernels.kronecker_merge import kronecker_merge
 from structmat_kernels.kronecker_sparse import kronecker_sparse
 from structmat_kernels.monarch import monarch, monarch_transposed
 
@@ -56,6 +57,14 @@ def cases(draw):
     for a, d, q, p in ((3, 40, 2, 2), (2, 17, 5, 3), (1, 20, 40, 33), (5, 1, 70, 61)):
         operands = draw(75, a * p * d), draw(a, d, q, p)
         yield f"kronecker {(a, d, q, p)}", lambda b, x, w: kronecker_sparse(x, w, backend=b), operands
+    for mirror in (False, True):
+        shapes = [(2, 3, 5, 14), (10, 7, 1, 2), (10, 2, 2, 1)]
+        shapes = [(d, b, c, a) for a, b, c, d in shapes] if mirror else shapes
+        yield (
+            f"kronecker merge, mirror {mirror}",
+            lambda b, *values, mirror=mirror: kronecker_merge(values, mirror, backend=b),
+            tuple(draw(*shape) for shape in shapes),
+        )
     for k, q, p in ((7, 5, 3), (3, 65, 100)):
         yield (
             f"block diagonal {(k, q, p)}",

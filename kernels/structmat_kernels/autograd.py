@@ -6,6 +6,7 @@ not. It costs about 60 us of Python a call, as much as a kernel: plain eager cal
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -31,7 +32,7 @@ def differentiable(
         count: number of tensors.
     """
 
-    def pullback(grad: Tensor, tensors: tuple[Tensor, ...], static: tuple, needs: tuple[bool, ...]) -> tuple:
+    def pullback(grad: Tensor, tensors: tuple[Tensor, ...], static: tuple, needs: Sequence[bool]) -> tuple:
         wanted = [i for i, need in enumerate(needs) if need]
 
         def of_wanted(*some: Tensor) -> Tensor:
@@ -51,21 +52,30 @@ def differentiable(
 
         @staticmethod
         def forward(grad: Tensor, *args: Any) -> tuple[Tensor, ...]:
-            tensors, static, needs = args[:count], args[count:-1], args[-1]
-            grads = backward_op(grad, *tensors, *static, list(needs))
+            tensors, static, needs = args[:count], args[count:-1], _bits(args[-1], count)
+            grads = backward_op(grad, *tensors, *static, needs)
             return tuple(g for g, need in zip(grads, needs, strict=True) if need)
 
         @staticmethod
         def setup_context(ctx: Any, inputs: tuple, output: Any) -> None:
             ctx.save_for_backward(*inputs[: count + 1])
+            ctx.save_for_forward(*inputs[: count + 1])
             ctx.rest = inputs[count + 1 :]
 
         @staticmethod
         def backward(ctx: Any, *second: Tensor) -> tuple:
-            grad, *tensors = ctx.saved_tensors
             *static, needs = ctx.rest
-            out = torch.func.vjp(lambda g, *ts: pullback(g, ts, tuple(static), needs), grad, *tensors)[1](second)
-            return (*out, *(None for _ in ctx.rest))
+            again = functools.partial(_again, static=tuple(static), needs=_bits(needs, count))
+            return (*torch.func.vjp(again, *ctx.saved_tensors)[1](second), *(None for _ in ctx.rest))
+
+        @staticmethod
+        def jvp(ctx: Any, *tangents: Any) -> tuple[Tensor, ...]:
+            *static, needs = ctx.rest
+            again = functools.partial(_again, static=tuple(static), needs=_bits(needs, count))
+            return torch.func.jvp(again, tuple(ctx.saved_tensors), _filled(ctx.saved_tensors, tangents))[1]
+
+    def _again(grad: Tensor, *tensors: Tensor, static: tuple, needs: list[bool]) -> tuple:
+        return pullback(grad, tensors, static, needs)
 
     class Traced(Function):
         # Under torch.compile, which neither traces a Function inside a backward nor one with a forward mode. Compiled
@@ -100,17 +110,15 @@ def differentiable(
 
         @staticmethod
         def backward(ctx: Any, *grads: Tensor) -> tuple:
-            needs = tuple(ctx.needs_input_grad[:count])
-            found = iter(Backward.apply(*grads, *ctx.saved_tensors, *ctx.static, needs))
+            needs = ctx.needs_input_grad[:count]
+            bits = sum(need << i for i, need in enumerate(needs))  # transforms would look into a tuple
+            found = iter(Backward.apply(*grads, *ctx.saved_tensors, *ctx.static, bits))
             return (*(next(found) if need else None for need in needs), *(None for _ in ctx.static))
 
         @staticmethod
         def jvp(ctx: Any, *tangents: Any) -> Tensor:
             tensors, static = ctx.saved_tensors, ctx.static
-            filled = tuple(
-                torch.zeros_like(t) if d is None else d for t, d in zip(tensors, tangents[:count], strict=True)
-            )
-            return torch.func.jvp(lambda *ts: reference(*ts, *static), tuple(tensors), filled)[1]
+            return torch.func.jvp(lambda *ts: reference(*ts, *static), tuple(tensors), _filled(tensors, tangents))[1]
 
     def long(*args: Any) -> Tensor:
         if not torch.compiler.is_compiling():
@@ -167,6 +175,14 @@ def short(
         return forward(*args)
 
     return call
+
+
+def _bits(mask: int, count: int) -> list[bool]:
+    return [bool(mask >> i & 1) for i in range(count)]
+
+
+def _filled(tensors: Sequence[Tensor], tangents: Sequence[Any]) -> tuple[Tensor, ...]:
+    return tuple(torch.zeros_like(t) if d is None else d for t, d in zip(tensors, tangents, strict=False))
 
 
 def _overload(op: Any) -> Any:

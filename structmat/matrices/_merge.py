@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 
 import torch
 import torch.nn.functional as F
@@ -10,6 +11,7 @@ from torch import Tensor
 
 from structmat.chain import Pattern, unchainable
 from structmat.projection.splitting import merge as merge_chained
+from structmat_kernels.kronecker_merge import kronecker_merge
 from structmat_kernels.kronecker_sparse import kronecker_sparse
 from structmat_kernels.monarch import monarch, monarch_transposed
 
@@ -54,9 +56,12 @@ def merge(left: Tensor, right: Tensor) -> Tensor:
     return z.flatten(-5, -4).flatten(-3, -2)
 
 
-@torch.compiler.assume_constant_result  # Dynamo cannot trace it; of a compiled product it was asked at compilation
 def _ieee() -> bool:
     return torch.get_float32_matmul_precision() == "highest"
+
+
+# Dynamo cannot trace the question and keeps the answer; torch.compiler.assume_constant_result would import dynamo.
+_ieee._dynamo_marked_constant = True
 
 
 def pass_cost(x: Tensor) -> int:
@@ -89,69 +94,33 @@ def stages(patterns: tuple[Pattern, ...], cost: int = PASS) -> tuple[tuple[int, 
     return tuple(reversed(cuts))
 
 
-def merge_levels(values: tuple[Tensor, ...], mirror: bool = False) -> Tensor:
-    """The values of a product of factors that are chained with rank 1, in float32 at least.
+def merge_levels(values: tuple[Tensor, ...]) -> Tensor:
+    """The values of a product that is Kronecker-sparse: levels in one direction at once, the others one by one.
 
-    One path joins every input to every output, so that the product's entries are products of one entry of each factor:
-    a broadcast multiplication a factor, no sums, no copies. The result's memory is in the order (*batch, a, d, b, c),
-    in which the operations take blocks, from the first multiplication on.
-
-    Args:
-        values: of the factors from left to right, shapes (*batch, a, b, c, d).
-        mirror: whether they are chained in the mirror, strides growing to the right.
+    One by one, for what two later factors make together may be no factor that joins.
     """
-    a, d = values[-1 if mirror else 0].shape[-4], values[0 if mirror else -1].shape[-1]
-    # The digits of an index: those of inputs met before are in a (in the mirror, d), of outputs to come in d (a).
-    pieces = [v.unflatten(-4, (a, -1)).unflatten(-1, (-1, d)) for v in values]  # (*batch, a, A, b, c, D, d)
-    lead = tuple(range(pieces[0].ndim - 6))
-    A, B, C, D = (len(lead) + i for i in (1, 2, 3, 4))
-    outer = (*lead, len(lead), len(lead) + 5)
-    # In half precision factors are multiplied in float32; it is enough that the first one is.
-    dtype = torch.promote_types(values[0].dtype, torch.float32)
-    product = pieces[0].permute(*outer, *((A, B, D, C) if mirror else (B, D, A, C)))
-    product = product.to(dtype, memory_format=torch.contiguous_format).contiguous()  # one copy, with another dtype too
-    product = product.flatten(-2)  # (*batch, a, d, outputs to come, outputs, inputs); not mirrored: outputs first
-    for v in pieces[1:]:
-        b = v.shape[B]
-        if mirror:
-            left = product.unflatten(-3, (-1, b))[..., None, :]
-            product = left * v.permute(*outer, A, B, C, D)[..., None, :, :]
-            product = product.flatten(-2).flatten(-3, -2)
-        else:
-            left = product.unflatten(-2, (b, -1))[..., None]
-            product = left * v.permute(*outer, B, D, A, C)[..., None, :, :, :, :]
-            product = product.flatten(-2).flatten(-4, -3)
-    return product.squeeze(-3 if mirror else -2).movedim(-3, -1)
-
-
-def _merge_run(values: tuple[Tensor, ...]) -> Tensor:
-    """The values of a product that is Kronecker-sparse: runs of rank 1 in one direction first."""
     patterns = [Pattern(*v.shape[-4:]) for v in values]
-    found, start = [], 0
-    while start < len(values):
-        ends = {}
-        for mirror in (False, True):
-            stop = start + 1
-            while stop < len(values) and _step(patterns[stop - 1], patterns[stop], mirror) == 1:
-                stop += 1
-            ends[mirror] = stop
-        mirror = ends[True] > ends[False]
-        found.append(merge_levels(values[start : ends[mirror]], mirror))
-        start = ends[mirror]
-    return functools.reduce(merge, found)
+    ends = [_level_end(patterns, mirror) for mirror in (False, True)]
+    stop, dtype = max(ends), values[0].dtype
+    if stop < len(values) and dtype in (torch.float16, torch.bfloat16):  # rounded once, in the end
+        values = tuple(v.float() for v in values)
+    first = kronecker_merge(values[:stop], mirror=ends[1] > ends[0]).movedim(-3, -1)
+    return functools.reduce(merge, values[stop:], first).to(dtype)
 
 
-def _step(left: Pattern, right: Pattern, mirror: bool) -> int | None:
-    return _mirrored(left).rank(_mirrored(right)) if mirror else left.rank(right)
+def _level_end(patterns: list[Pattern], mirror: bool) -> int:
+    """How many factors there are before one that is not chained with rank 1."""
+    chained = [_mirrored(p) for p in patterns] if mirror else patterns
+    ranks = (left.rank(right) for left, right in itertools.pairwise(chained))
+    return 1 + sum(1 for _ in itertools.takewhile(lambda rank: rank == 1, ranks))
 
 
 def merged_stages(values: tuple[Tensor, ...]) -> list[Tensor]:
     """The merged factors of a product, from left to right; half precision is multiplied in float32 and rounded once."""
-    dtype = values[0].dtype
     patterns = tuple(Pattern(*v.shape[-4:]) for v in values)
     # Dynamo looks through caches, and says so.
     runs = (stages.__wrapped__ if torch.compiler.is_compiling() else stages)(patterns, pass_cost(values[0]))
-    return [values[start] if stop - start == 1 else _merge_run(values[start:stop]).to(dtype) for start, stop in runs]
+    return [values[start] if stop - start == 1 else merge_levels(values[start:stop]) for start, stop in runs]
 
 
 @functools.lru_cache(1024)

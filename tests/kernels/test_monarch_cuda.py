@@ -152,13 +152,13 @@ def test_precision_of_float32(name, precision):
     dense = torch.randn(2, 1024, 1024, device="cuda", generator=torch.Generator("cuda").manual_seed(0))
     for setting in ("highest", "high"):
         precision(setting)
-        # tf32 truncates: no more than 1.5 times the error of a dense product, though two products are chained.
+        # In tf32 no more than 1.5 times a dense product's error; gradients may have it from each of two products.
         product = dense[0].double() @ dense[1].double()
         tf32 = ((dense[0] @ dense[1]).double() - product).norm() / product.norm()
-        bound = 5e-6 if setting == "highest" else 1.5 * tf32.item()
+        forward = 5e-6 if setting == "highest" else 1.5 * tf32.item()
         found = gradients(lambda *t: monarch(*t, shape[6], backend="triton"), tensors, cotangent)
         for tensor, f, e in zip(("y", "x", "left", "right"), found, expected, strict=True):
-            close(f, e, bound, f"{setting} {tensor}")
+            close(f, e, forward * (1 if tensor == "y" else 2**0.5), f"{setting} {tensor}")
         if setting == "high" and name != "large uneven":  # tf32 it is; cuBLAS has none for odd sizes
             assert (found[0].double() - expected[0]).norm() > 2e-5 * expected[0].norm()
 
