@@ -3,12 +3,14 @@
 from structmat.projection.blockwise import project_block_diagonal, project_monarch
 from structmat.projection.butterfly import project_butterfly
 from structmat.projection.refine import permutation_candidates, refine, search_permutation
+from structmat.projection.sums import project_butterfly_sum
 from structmat.projection.truncated import truncated_svd
 
 __all__ = [
     "permutation_candidates",
     "project_block_diagonal",
     "project_butterfly",
+    "project_butterfly_sum",
     "project_monarch",
     "refine",
     "search_permutation",

@@ -11,13 +11,13 @@ from torch import Tensor
 
 from structmat._checks import check_int, check_tensor
 from structmat.chain import Chain
+from structmat.projection.bases import norm_over
 from structmat.projection.butterfly import balance, check_chain, lower_bound, prepare, tolerance
 from structmat.projection.splitting import (
     left_blocks,
     left_values,
     merge,
     merge_all,
-    norm_over,
     on_support,
     orthonormalise,
     orthonormalise_rows,
