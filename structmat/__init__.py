@@ -1,6 +1,6 @@
 """structmat: structured matrices for PyTorch."""
 
-from structmat import nn, surgery, transforms
+from structmat import kaleidoscopes, nn, surgery, transforms
 from structmat.base import StructuredMatrix, matrix, static
 from structmat.chain import Chain, Pattern
 from structmat.config import (
@@ -20,6 +20,7 @@ from structmat.matrices import (
     Butterfly,
     Dense,
     Diagonal,
+    Kaleidoscope,
     KroneckerSparse,
     LowRank,
     Monarch,
@@ -40,6 +41,7 @@ __all__ = [
     "Dense",
     "Diagonal",
     "Inverse",
+    "Kaleidoscope",
     "Kronecker",
     "KroneckerSparse",
     "LowRank",
@@ -56,6 +58,7 @@ __all__ = [
     "Sum",
     "Transposed",
     "config_from_dict",
+    "kaleidoscopes",
     "matrix",
     "nn",
     "project",

@@ -4,6 +4,7 @@ from structmat.matrices.block_diagonal import BlockDiagonal
 from structmat.matrices.butterfly import Butterfly
 from structmat.matrices.dense import Dense
 from structmat.matrices.diagonal import Diagonal
+from structmat.matrices.kaleidoscope import Kaleidoscope
 from structmat.matrices.kronecker_sparse import KroneckerSparse
 from structmat.matrices.low_rank import LowRank
 from structmat.matrices.monarch import Monarch
@@ -15,6 +16,7 @@ __all__ = [
     "Butterfly",
     "Dense",
     "Diagonal",
+    "Kaleidoscope",
     "KroneckerSparse",
     "LowRank",
     "Monarch",

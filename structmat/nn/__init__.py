@@ -1,14 +1,23 @@
 """Modules that own structured matrices as parameters."""
 
-from structmat.nn.butterfly import ButterflyLinear, OrthogonalButterflyLinear, parameter_groups
+from structmat.nn.butterfly import ButterflyLinear, OrthogonalButterflyLinear
+from structmat.nn.butterfly_conv import ButterflyConv2d
 from structmat.nn.fly import convert_fly_state_dict
+from structmat.nn.groups import parameter_groups
+from structmat.nn.kaleidoscope import KaleidoscopeLinear
+from structmat.nn.kaleidoscope_conv import KaleidoscopeConv2d
 from structmat.nn.layers import BlockDiagonalLinear, LowRankLinear, MonarchLinear
 from structmat.nn.linear import StructuredLinear
 from structmat.nn.parameters import MatrixParameters
+from structmat.nn.permutation import LearnablePermutation
 
 __all__ = [
     "BlockDiagonalLinear",
+    "ButterflyConv2d",
     "ButterflyLinear",
+    "KaleidoscopeConv2d",
+    "KaleidoscopeLinear",
+    "LearnablePermutation",
     "LowRankLinear",
     "MatrixParameters",
     "MonarchLinear",

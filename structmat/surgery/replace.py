@@ -215,6 +215,8 @@ def _keep(name: str, layer: StructuredLinear, filter_fn: FilterFn | None, holder
     """Why a structured layer stays as it is, or None."""
     if type(layer).forward is not StructuredLinear.forward or "forward" in vars(layer):
         return f"its class {type(layer).__name__} has a forward method of its own"
+    if layer.matrix_batch is not None:
+        return f"it holds a batch of {layer.matrix_batch} matrices, which nn.Linear cannot"
     inner = set(layer.weight.modules())
     ties = [other for holder, other in holders[id(layer.weight)] if not isinstance(holder, StructuredLinear)]
     for parameter in layer.weight.parameters():

@@ -16,6 +16,7 @@ from structmat.matrices import (
     Butterfly,
     Dense,
     Diagonal,
+    Kaleidoscope,
     KroneckerSparse,
     LowRank,
     Monarch,
@@ -36,7 +37,7 @@ def dense_by_definition(A: StructuredMatrix) -> Tensor:
         dense = [dense_by_definition(p).expand(*batch, *p.shape[-2:]) for p in parts]
         join = {Product: torch.matmul, Sum: torch.add, Kronecker: _kron}[type(A)]
         return functools.reduce(join, dense)
-    if isinstance(A, Butterfly):
+    if isinstance(A, (Butterfly, Kaleidoscope)):
         return functools.reduce(torch.matmul, map(dense_by_definition, A.factors))[..., : A.nrows, : A.ncols]
     if isinstance(A, OrthogonalButterfly):
         dense = [dense_by_definition(g) for g in A.generators]

@@ -10,12 +10,14 @@ from torch import Tensor
 
 from structmat.base import StructuredMatrix
 from structmat.chain import Chain
+from structmat.kaleidoscopes import permutation
 from structmat.lazy import Inverse, Kronecker, Product, Scaled, Sum, Transposed
 from structmat.matrices import (
     BlockDiagonal,
     Butterfly,
     Dense,
     Diagonal,
+    Kaleidoscope,
     KroneckerSparse,
     LowRank,
     Monarch,
@@ -24,6 +26,7 @@ from structmat.matrices import (
 )
 from structmat.testing.definitions import dense_by_definition
 from structmat.testing.entry import Entry
+from structmat.transforms import Selection, dct, haar
 
 Make = Callable[[torch.dtype, Any], StructuredMatrix]
 # What torch.linalg factorises.
@@ -69,6 +72,11 @@ def _invertible_butterfly(*patterns: tuple[int, int, int, int], batch: tuple[int
 def _invertible_dense(*shape: int) -> Make:
     weight = _near_identity(*shape)
     return lambda dtype, device: Dense(weight(dtype, device))
+
+
+def _kaleidoscope_sum(dtype: torch.dtype, device: Any) -> StructuredMatrix:
+    """Of different widths and a matrix that is cropped."""
+    return Kaleidoscope.sum([Kaleidoscope.random((3, 4), w, dtype=dtype, device=device) for w in (1, 2)])
 
 
 def _join(cls: Any, *makes: Make) -> Make:
@@ -126,6 +134,16 @@ def _entries() -> Iterator[tuple[str, Make, bool]]:
     yield "butterfly-square", _invertible_butterfly((1, 2, 2, 6), (2, 3, 3, 2), (6, 2, 2, 1)), True
     yield "butterfly-reversed", _invertible_butterfly((4, 2, 2, 1), (2, 2, 2, 2), (1, 2, 2, 4)), True
     yield "butterfly-batch-square", _invertible_butterfly((1, 3, 3, 2), (3, 2, 2, 1), batch=(2,)), True
+    yield "kaleidoscope", _random(Kaleidoscope, (8, 8)), True
+    yield "kaleidoscope-mixed", _random(Kaleidoscope, (6, 6), width=2), True
+    yield "kaleidoscope-batch-square", _random(Kaleidoscope, (2, 4, 4), width=2), True
+    yield "kaleidoscope-one", _random(Kaleidoscope, (1, 1), width=2), True
+    yield "kaleidoscope-expanded", _random(Kaleidoscope, (4, 4), width=2, expansion=2), False
+    yield "kaleidoscope-padded", _random(Kaleidoscope, (11, 11)), False
+    yield "kaleidoscope-rows", _random(Kaleidoscope, (3, 10), width=2), False
+    yield "kaleidoscope-batch", _random(Kaleidoscope, (2, 3, 4, 6)), False
+    yield "kaleidoscope-permutation", lambda dt, dev: permutation(torch.randperm(10), dtype=dt, device=dev), True
+    yield "kaleidoscope-sum", _kaleidoscope_sum, False
     yield "orthogonalbutterfly", _random(OrthogonalButterfly, (8, 8)), True
     yield "orthogonalbutterfly-mixed", _random(OrthogonalButterfly, (6, 6), radices=(2, 3)), True
     yield "orthogonalbutterfly-rows", _random(OrthogonalButterfly, (5, 12)), False
@@ -146,8 +164,17 @@ def _entries() -> Iterator[tuple[str, Make, bool]]:
     yield "kronecker-square", _join(Kronecker, _invertible_dense(2, 2), _invertible_monarch(1, 3, 1, 3)), True
     yield "kronecker-three", _join(Kronecker, _random(Dense, (2, 1)), diagonal, _random(Dense, (1, 2))), False
     yield "kronecker-batch", _join(Kronecker, _random(Dense, (3, 2, 2)), _random(Dense, (2, 3))), False
+    yield "selection", lambda dt, dev: Selection(torch.tensor([4, 1, 5, 0], device=dev), 5, dt), False
+    yield "transform-dct", lambda dt, dev: dct(12, dtype=dt, device=dev), False
+    yield "transform-haar", lambda dt, dev: haar(8, dtype=dt, device=dev), True
     yield "inverse", _wrap(Inverse, square), True
     yield "inverse-batch", _wrap(Inverse, _invertible_dense(2, 5, 5)), True
+
+
+def _selection_by_definition(S: StructuredMatrix) -> Tensor:
+    assert isinstance(S, Selection)
+    rows = [[float(i == j) for j in range(S.ncols)] for i in S.index.tolist()]
+    return torch.tensor(rows, dtype=S.dtype, device=S.device)
 
 
 def market(match: str = "") -> list[Entry]:
@@ -165,7 +192,7 @@ def market(match: str = "") -> list[Entry]:
         Entry(
             name,
             make,
-            dense=dense_by_definition,
+            dense=_selection_by_definition if name == "selection" else dense_by_definition,
             invertible=invertible,
             **({"dtypes": _SOLVABLE} if name.startswith("inverse") else {}),
         )

@@ -13,6 +13,7 @@ import structmat as sm
 from structmat.nn import (
     BlockDiagonalLinear,
     ButterflyLinear,
+    KaleidoscopeLinear,
     LowRankLinear,
     MatrixParameters,
     MonarchLinear,
@@ -28,6 +29,7 @@ LAYERS = {
     "blockdiagonal": lambda i, o, **kw: BlockDiagonalLinear(i, o, nblocks=3, **kw),
     "butterfly": lambda i, o, **kw: ButterflyLinear(i, o, **kw),
     "butterfly-blocks": lambda i, o, **kw: ButterflyLinear(i, o, nblocks=2, pad=True, **kw),
+    "kaleidoscope": lambda i, o, **kw: KaleidoscopeLinear(i, o, width=2, **kw),
     "orthogonal": lambda i, o, **kw: OrthogonalButterflyLinear(i, o, **kw),
     "product": lambda i, o, **kw: StructuredLinear(
         sm.Monarch.random((o, i), 2, **{k: v for k, v in kw.items() if k != "bias"})
@@ -229,7 +231,7 @@ def test_from_linear_keeps_everything_else(dtype, bias):
         (lambda: MonarchLinear(0, 8), ValueError, "in_features must be at least 1"),
         (lambda: MonarchLinear(8.0, 8), TypeError, "in_features must be an integer"),
         (lambda: StructuredLinear(torch.ones(3, 3)), TypeError, "StructuredMatrix"),
-        (lambda: StructuredLinear(sm.Dense.random((2, 3, 3))), ValueError, "batch"),
+        (lambda: StructuredLinear(sm.Dense.random((1, 2, 3, 3))), ValueError, "at most one batch"),
         (lambda: StructuredLinear(sm.Dense.random((2, 3)), torch.ones(3)), ValueError, "bias must have shape"),
         (lambda: StructuredLinear(sm.Dense.random((2, 3)), torch.ones(2).double()), TypeError, "dtype"),
         (lambda: MonarchLinear.from_linear(nn.Conv1d(4, 4, 1)), TypeError, "nn.Linear"),
