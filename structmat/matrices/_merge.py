@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import itertools
 
 import torch
 import torch.nn.functional as F
@@ -110,9 +109,13 @@ def merge_levels(values: tuple[Tensor, ...]) -> Tensor:
 
 def _level_end(patterns: list[Pattern], mirror: bool) -> int:
     """How many factors there are before one that is not chained with rank 1."""
-    chained = [_mirrored(p) for p in patterns] if mirror else patterns
-    ranks = (left.rank(right) for left, right in itertools.pairwise(chained))
-    return 1 + sum(1 for _ in itertools.takewhile(lambda rank: rank == 1, ranks))
+    stop = 1
+    while stop < len(patterns):  # a plain loop: dynamo traces it
+        left, right = patterns[stop - 1], patterns[stop]
+        if (_mirrored(left).rank(_mirrored(right)) if mirror else left.rank(right)) != 1:
+            break
+        stop += 1
+    return stop
 
 
 def merged_stages(values: tuple[Tensor, ...]) -> list[Tensor]:

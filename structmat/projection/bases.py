@@ -14,6 +14,8 @@ from structmat.projection.truncated import truncated_svd
 # Entries taken at a time, so that what is computed on the way stays in the cache; a GPU is kept busy instead.
 _CHUNK = {"cpu": 1 << 19}
 _CHUNK_ELSEWHERE = 1 << 28
+# Where many small decompositions cost little more than their operations.
+_HAS_LAPACK = ("cpu",)
 # A block whose rows are combinations of r of them up to this share of its norm is taken to have rank r.
 _EXACT = 1e-14
 
@@ -41,6 +43,32 @@ def pad(x: Tensor, size: int, dim: int) -> Tensor:
     shape = list(x.shape)
     shape[dim] = size - shape[dim]
     return torch.cat((x, x.new_zeros(shape)), dim) if shape[dim] else x
+
+
+def thin_qr(M: Tensor) -> tuple[Tensor, Tensor]:
+    """Q with orthonormal columns, or zero ones for those that depend on others, and R with ``M = Q R``.
+
+    One column is a vector over its norm. A few are orthogonalised twice on a GPU, where a batch of decompositions is
+    done one by one; on a CPU LAPACK does them.
+    """
+    columns = M.shape[-1]
+    if columns > 1 and M.device.type in _HAS_LAPACK:
+        return torch.linalg.qr(M)
+    Q, R = torch.zeros_like(M), M.new_zeros(*M.shape[:-2], columns, columns)
+    for k in range(columns):
+        v = M[..., k : k + 1]
+        for _ in range(2 if k else 0):
+            share = Q[..., :k].mH @ v
+            v = v - Q[..., :k] @ share
+            R[..., :k, k : k + 1] += share
+        norm = norm_over(v, (-2, -1))[..., None, None]
+        floor = 8 * torch.finfo(M.dtype).eps * norm_over(M[..., k : k + 1], (-2, -1))[..., None, None]
+        norm = norm.masked_fill(norm <= floor, 0)
+        Q[..., k : k + 1] = torch.where(norm == 0, 0, v / norm.masked_fill(norm == 0, 1))
+        if k == 0:  # what is zero gets a direction, in which alternating least squares can find something
+            Q[..., :1, :1] += (norm == 0).to(M.dtype)
+        R[..., k : k + 1, k : k + 1] = norm
+    return Q, R
 
 
 def by_chunks(function: Callable[..., tuple[Tensor, ...]], *inputs: Tensor, inner: int) -> tuple[Tensor, ...]:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from structmat._checks import check_tensor
 from structmat.chain import Pattern, unchainable
-from structmat.projection.bases import norm_over, pad
+from structmat.projection.bases import norm_over, pad, thin_qr
 
 
 # ---------------------------------------------------------------- the blocks of a split
@@ -96,14 +96,14 @@ def orthonormalise(values: Tensor, left: Pattern, right: Pattern) -> tuple[Tenso
     A block with fewer rows than columns gets zero columns: times its conjugate transpose it still is a projector.
     """
     blocks = left_blocks(values, left, right)
-    q, r = torch.linalg.qr(blocks)
+    q, r = thin_qr(blocks)
     return left_values(pad(q, blocks.shape[-1], -1), left), pad(r, blocks.shape[-1], -2)
 
 
 def orthonormalise_rows(values: Tensor, left: Pattern, right: Pattern) -> tuple[Tensor, Tensor]:
     """The right factor with orthonormal rows in every block, and the blocks (*, rank, rank) to put before it."""
     blocks = right_blocks(values, left, right)
-    q, r = torch.linalg.qr(blocks.mT)
+    q, r = thin_qr(blocks.mT)
     return right_values(pad(q, blocks.shape[-2], -1).mT, right), pad(r, blocks.shape[-2], -2).mT
 
 
