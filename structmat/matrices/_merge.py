@@ -18,6 +18,8 @@ from structmat_kernels.monarch import monarch, monarch_transposed
 PASS = 64
 #: ... and without them, in IEEE float32 on a GPU: on an H100 four stages of radix 8 do better than two of radix 64.
 PASS_IEEE = 5
+#: Entries that a CPU takes through all stages at a time.
+CACHED = 1 << 17
 
 
 def _mirrored(p: Pattern) -> Pattern:
@@ -143,6 +145,19 @@ def product_flops(patterns: tuple[Pattern, ...], cost: int = PASS) -> int:
 
 def stage_product(x: Tensor, values: list[Tensor], nrows: int) -> Tensor:
     """``x @ (values[0] values[1] ...).mT``, cropped to nrows; missing entries of x count as zeros."""
+    differentiated = torch.is_grad_enabled() and (x.requires_grad or any([v.requires_grad for v in values]))
+    if x.device.type != "cpu" or differentiated or torch.compiler.is_compiling() or values[0].ndim > 4:
+        return _stage_product(x, values, nrows)
+    # A few rows at a time go through all stages: what is between stays in the cache.
+    rows = max(1, CACHED // max(1, x.shape[-1]))
+    flat = x.reshape(-1, x.shape[-1])
+    if len(flat) < 2 * rows:
+        return _stage_product(x, values, nrows)
+    y = torch.cat([_stage_product(part, values, nrows) for part in flat.split(rows)])
+    return y.reshape(*x.shape[:-1], nrows)
+
+
+def _stage_product(x: Tensor, values: list[Tensor], nrows: int) -> Tensor:
     blocks = [v.movedim(-1, -3) for v in values]  # (*batch, a, d, b, c)
     while blocks:
         *rest, last = blocks

@@ -107,6 +107,22 @@ class Butterfly(StructuredMatrix):
     def _linear(self, x: Tensor) -> Tensor:
         return stage_product(x, merged_stages(self._values()), self.nrows)
 
+    def merged(self) -> Butterfly:
+        """The same matrix with the factors that its products merge: fewer and larger ones, more numbers, no merging.
+
+        For inference: of few vectors the merge of all levels takes longer than the product.
+
+        Example:
+            >>> import structmat
+            >>> B = structmat.Butterfly.random((1024, 1024))
+            >>> [tuple(p) for p in B.merged().patterns], B.num_params, B.merged().num_params
+            ([(1, 32, 32, 32), (32, 32, 32, 1)], 20480, 65536)
+        """
+        values = self._values()
+        while len(fewer := merged_stages(values)) < len(values):  # what was merged may merge again
+            values = tuple(fewer)
+        return Butterfly(tuple(map(KroneckerSparse, values)), self.nrows, self.ncols)
+
     @property
     def mT(self) -> Butterfly:
         return Butterfly(tuple(f.mT for f in reversed(self.factors)), self.ncols, self.nrows)

@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from structmat import Butterfly, Chain, Diagonal, KroneckerSparse, Monarch
+from structmat.matrices import _merge
 from structmat.matrices._merge import PASS, PASS_IEEE, _ieee, merge, merged_stages, product_flops, stages
 from structmat.testing import assert_close, dense_by_definition
 
@@ -53,6 +54,32 @@ def test_dear_multiplications_take_more_stages_of_smaller_blocks():
     assert [stop - start for start, stop in stages(chain, PASS)] == [6, 6]
     assert [stop - start for start, stop in stages(chain, PASS_IEEE)] == [3, 3, 3, 3]
     assert product_flops(chain, PASS_IEEE) < product_flops(chain, PASS)
+
+
+@pytest.mark.parametrize("n", [1, 12, 64, 100])
+def test_merged_is_the_same_matrix(n):
+    for dtype in (torch.float64, torch.complex64, torch.bfloat16):
+        B = Butterfly.random((2, n, n), nblocks=2, dtype=dtype, generator=torch.Generator().manual_seed(n))
+        x = torch.randn(2, 3, n, generator=torch.Generator().manual_seed(0), dtype=torch.float64).to(dtype)
+        M = B.merged()
+        assert len(M.factors) <= len(stages(B.patterns)) <= len(B.factors)
+        assert_close(M.linear(x), B.linear(x))
+        assert len(stages(M.patterns)) == len(M.factors)  # a product merges no more
+    cropped = Butterfly.random((7, 11), pad=True, dtype=torch.float64)
+    assert_close(cropped.merged().to_dense(), cropped.to_dense())
+
+
+@pytest.mark.parametrize("values", [[(1, 4, 8, 16), (8, 16, 4, 1)], [(16, 8, 4, 1), (1, 4, 8, 16)], [(2, 4, 8, 16)]])
+def test_many_rows_go_through_all_stages_a_few_at_a_time(values, monkeypatch):
+    monkeypatch.setattr(_merge, "CACHED", 2048)
+    generator = torch.Generator().manual_seed(0)
+    values = [torch.randn(p, generator=generator, dtype=torch.float64) for p in values]
+    columns = values[-1].shape[0] * math.prod(values[-1].shape[2:])
+    x = torch.randn(3, 50, columns - 1, generator=generator, dtype=torch.float64)
+    y = _merge.stage_product(x, values, 60)
+    assert_close(y, _merge._stage_product(x, values, 60))
+    x.requires_grad_()
+    assert_close(_merge.stage_product(x, values, 60).detach(), y)
 
 
 def test_compilation_asks_for_the_precision():
