@@ -76,7 +76,8 @@ def monarch_backward(gy: Tensor, x: Tensor, left: Tensor, right: Tensor) -> tupl
 def _right(x: Tensor, left: Tensor, right: Tensor) -> Tensor:
     """The hidden entries that each left block reads, shape (*batch, l, tokens, r)."""
     l, _, r = left.shape[-3:]
-    return block_diagonal(x, right).flatten(-2).unflatten(-1, (r, l)).movedim(-1, -3)
+    # Contiguous, for of single tokens bmm would multiply block by block on a CPU; of many it copies anyway.
+    return block_diagonal(x, right).flatten(-2).unflatten(-1, (r, l)).movedim(-1, -3).contiguous()
 
 
 def _left(h: Tensor, left: Tensor, nrows: int) -> Tensor:
