@@ -160,15 +160,15 @@ def stage_product(x: Tensor, values: list[Tensor], nrows: int) -> Tensor:
 def _stage_product(x: Tensor, values: list[Tensor], nrows: int) -> Tensor:
     blocks = [v.movedim(-1, -3) for v in values]  # (*batch, a, d, b, c)
     while blocks:
-        *rest, last = blocks
+        last = blocks.pop()
         a, d, _, p = last.shape[-4:]
-        kept = nrows if len(blocks) <= 2 else None
-        if rest and d == 1 and rest[-1].shape[-4] == 1:  # strided over block-diagonal: a Monarch matrix
-            left = rest.pop()[..., 0, :, :, :]
+        kept = nrows if len(blocks) <= 1 else None
+        if blocks and d == 1 and blocks[-1].shape[-4] == 1:  # strided over block-diagonal: a Monarch matrix
+            left = blocks.pop()[..., 0, :, :, :]
             rows = left.shape[-3] * left.shape[-2]
             x = monarch(x, left.contiguous(), last[..., :, 0, :, :].contiguous(), rows if kept is None else kept)
-        elif rest and a == 1 and rest[-1].shape[-3] == 1:  # the other way round: a transposed one
-            outer = rest.pop()
+        elif blocks and a == 1 and blocks[-1].shape[-3] == 1:  # the other way round: a transposed one
+            outer = blocks.pop()
             x = F.pad(x, (0, d * p - x.shape[-1])) if x.shape[-1] < d * p else x
             rows = outer.shape[-4] * outer.shape[-2]
             left, right = last[..., 0, :, :, :].mT, outer[..., :, 0, :, :].mT
@@ -176,5 +176,4 @@ def _stage_product(x: Tensor, values: list[Tensor], nrows: int) -> Tensor:
         else:
             x = F.pad(x, (0, a * p * d - x.shape[-1])) if x.shape[-1] < a * p * d else x
             x = kronecker_sparse(x, last)
-        blocks = rest
     return x[..., :nrows]
