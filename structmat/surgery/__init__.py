@@ -1,7 +1,24 @@
 """Exchange the linear layers of a model for structured ones, measure what that cost, and keep the result in a file."""
 
+from structmat.surgery.allocation import Allocation, allocate
+from structmat.surgery.carry import carry_optimizer
 from structmat.surgery.checkpoint import load_file, save_file
 from structmat.surgery.replace import compress_, densify_, replace_
 from structmat.surgery.report import LayerRow, Report
+from structmat.surgery.training import distillation_loss, gradual_ratio, reproject_
 
-__all__ = ["LayerRow", "Report", "compress_", "densify_", "load_file", "replace_", "save_file"]
+__all__ = [
+    "Allocation",
+    "LayerRow",
+    "Report",
+    "allocate",
+    "carry_optimizer",
+    "compress_",
+    "densify_",
+    "distillation_loss",
+    "gradual_ratio",
+    "load_file",
+    "replace_",
+    "reproject_",
+    "save_file",
+]
