@@ -97,7 +97,9 @@ def compress_(
     return _report(selection, rows, before, dry_run)
 
 
-def replace_(model: nn.Module, config: Configs, filter_fn: FilterFn | None = None) -> Report:
+def replace_(
+    model: nn.Module, config: Configs, filter_fn: FilterFn | None = None, device: torch.device | str | None = None
+) -> Report:
     """Replace linear layers, in place, by freshly initialised structured ones, to train from scratch.
 
     The walk is that of :func:`compress_`. Weights and biases are drawn with the output variance of a fresh
@@ -108,6 +110,8 @@ def replace_(model: nn.Module, config: Configs, filter_fn: FilterFn | None = Non
         model: any module that contains such layers.
         config: as for :func:`compress_`.
         filter_fn: as for :func:`compress_`.
+        device: where the new layers are made, by default where the old ones are. Of a model on the meta device the
+            new layers alone get memory: the dense weights are never made.
 
     Returns:
         One row for each layer, without errors.
@@ -129,7 +133,9 @@ def replace_(model: nn.Module, config: Configs, filter_fn: FilterFn | None = Non
     before, layers = count_params(model), []
     for target in selection.targets:
         weight = target.weight
-        value = target.config.random(target.shape, dtype=weight.dtype, device=weight.device)
+        value = target.config.random(
+            target.shape, dtype=weight.dtype, device=weight.device if device is None else device
+        )
         layers.append((target.module, structured_like(target.module, value, fresh_bias=True)))
     swap(model, layers)
     disable_fused_encoder(model)
