@@ -1,6 +1,6 @@
 """structmat: structured matrices for PyTorch."""
 
-from structmat import kaleidoscopes, nn, surgery, transforms
+from structmat import kaleidoscopes, layouts, models, nn, surgery, transforms
 from structmat.base import StructuredMatrix, matrix, static
 from structmat.chain import Chain, Pattern
 from structmat.config import (
@@ -13,10 +13,12 @@ from structmat.config import (
     config_from_dict,
     project,
 )
+from structmat.config_block_sparse import BlockSparseConfig, PixelflyConfig
 from structmat.config_butterfly import ButterflyConfig
 from structmat.lazy import Inverse, Kronecker, Product, Scaled, Sum, Transposed
 from structmat.matrices import (
     BlockDiagonal,
+    BlockSparse,
     Butterfly,
     Dense,
     Diagonal,
@@ -26,6 +28,7 @@ from structmat.matrices import (
     Monarch,
     OrthogonalButterfly,
     Permutation,
+    Pixelfly,
 )
 
 __version__ = "0.1.0"
@@ -33,6 +36,8 @@ __version__ = "0.1.0"
 __all__ = [
     "BlockDiagonal",
     "BlockDiagonalConfig",
+    "BlockSparse",
+    "BlockSparseConfig",
     "BudgetError",
     "Butterfly",
     "ButterflyConfig",
@@ -51,6 +56,8 @@ __all__ = [
     "OrthogonalButterfly",
     "Pattern",
     "Permutation",
+    "Pixelfly",
+    "PixelflyConfig",
     "Product",
     "Projection",
     "Scaled",
@@ -59,7 +66,9 @@ __all__ = [
     "Transposed",
     "config_from_dict",
     "kaleidoscopes",
+    "layouts",
     "matrix",
+    "models",
     "nn",
     "project",
     "static",

@@ -1,6 +1,7 @@
 """The families of structured matrices."""
 
 from structmat.matrices.block_diagonal import BlockDiagonal
+from structmat.matrices.block_sparse import BlockSparse
 from structmat.matrices.butterfly import Butterfly
 from structmat.matrices.dense import Dense
 from structmat.matrices.diagonal import Diagonal
@@ -10,9 +11,11 @@ from structmat.matrices.low_rank import LowRank
 from structmat.matrices.monarch import Monarch
 from structmat.matrices.orthogonal_butterfly import OrthogonalButterfly
 from structmat.matrices.permutation import Permutation
+from structmat.matrices.pixelfly import Pixelfly
 
 __all__ = [
     "BlockDiagonal",
+    "BlockSparse",
     "Butterfly",
     "Dense",
     "Diagonal",
@@ -22,4 +25,5 @@ __all__ = [
     "Monarch",
     "OrthogonalButterfly",
     "Permutation",
+    "Pixelfly",
 ]

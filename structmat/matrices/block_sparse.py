@@ -9,7 +9,8 @@ from torch import Tensor
 
 from structmat._checks import check_inexact, check_int, check_matrix_shape, check_tensor
 from structmat.base import LINEAR_STD, StructuredMatrix, matrix, static
-from structmat.layouts import Layout, blocks_of, random, top_k
+from structmat.layouts import Layout, random, top_k
+from structmat.layouts.layout import blocks_of
 from structmat.matrices._blocks import uniform_
 from structmat.projection.truncated import work_dtype
 from structmat_kernels.block_sparse import BlockLayout, block_sparse, block_sparse_transposed, to_dense
@@ -41,10 +42,10 @@ class BlockSparse(StructuredMatrix):
     Example:
         >>> import torch, structmat
         >>> from structmat import layouts
-        >>> A = structmat.BlockSparse(torch.ones(3, 1, 2), layouts.banded((2, 4), (1, 2), 0) | layouts.global_((2, 4), (1, 2)))
+        >>> A = structmat.BlockSparse(torch.ones(2, 1, 2), layouts.block_diagonal((2, 4), (1, 2)))
         >>> A.to_dense()
-        tensor([[1., 1., 1., 1.],
-                [1., 1., 1., 1.]])
+        tensor([[1., 1., 0., 0.],
+                [0., 0., 1., 1.]])
     """
 
     values: Tensor
@@ -243,4 +244,3 @@ def _transposed(tables: Tables) -> list[Tensor]:
         tables.columns,
         order.argsort().to(tables.columns.dtype),
     ]
-

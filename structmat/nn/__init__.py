@@ -1,5 +1,6 @@
 """Modules that own structured matrices as parameters."""
 
+from structmat.nn.block_sparse import BlockSparseLinear, PixelflyLinear
 from structmat.nn.butterfly import ButterflyLinear, OrthogonalButterflyLinear
 from structmat.nn.butterfly_conv import ButterflyConv2d
 from structmat.nn.fly import convert_fly_state_dict
@@ -13,6 +14,7 @@ from structmat.nn.permutation import LearnablePermutation
 
 __all__ = [
     "BlockDiagonalLinear",
+    "BlockSparseLinear",
     "ButterflyConv2d",
     "ButterflyLinear",
     "KaleidoscopeConv2d",
@@ -22,6 +24,7 @@ __all__ = [
     "MatrixParameters",
     "MonarchLinear",
     "OrthogonalButterflyLinear",
+    "PixelflyLinear",
     "StructuredLinear",
     "convert_fly_state_dict",
     "parameter_groups",

@@ -2,6 +2,7 @@
 
 from structmat.projection.blockwise import project_block_diagonal, project_monarch
 from structmat.projection.butterfly import project_butterfly
+from structmat.projection.pixelfly import project_pixelfly
 from structmat.projection.refine import permutation_candidates, refine, search_permutation
 from structmat.projection.sums import project_butterfly_sum
 from structmat.projection.truncated import truncated_svd
@@ -12,6 +13,7 @@ __all__ = [
     "project_butterfly",
     "project_butterfly_sum",
     "project_monarch",
+    "project_pixelfly",
     "refine",
     "search_permutation",
     "truncated_svd",

@@ -13,6 +13,7 @@ from structmat.base import StructuredMatrix
 from structmat.lazy import Inverse, Kronecker, Product, Scaled, Sum, Transposed
 from structmat.matrices import (
     BlockDiagonal,
+    BlockSparse,
     Butterfly,
     Dense,
     Diagonal,
@@ -22,6 +23,7 @@ from structmat.matrices import (
     Monarch,
     OrthogonalButterfly,
     Permutation,
+    Pixelfly,
 )
 
 
@@ -44,6 +46,9 @@ def dense_by_definition(A: StructuredMatrix) -> Tensor:
         return functools.reduce(torch.matmul, [torch.linalg.matrix_exp(g - g.mH) for g in dense])[
             ..., : A.nrows, : A.ncols
         ]
+    if isinstance(A, Pixelfly):
+        gamma = A.gamma[..., None, None]
+        return gamma * dense_by_definition(A.block_sparse) + (1 - gamma) * dense_by_definition(A.low_rank)
     if isinstance(A, Transposed):
         return dense_by_definition(A.base).mT
     if isinstance(A, Scaled):
@@ -95,6 +100,17 @@ def _block_diagonal(out: Tensor, A: Any, blocks: Tensor) -> None:
             out[i * q + a, i * p + b] = blocks[i, a, b]
 
 
+def _block_sparse(out: Tensor, A: Any, values: Tensor, places: Tensor) -> None:
+    nnz, bo, bi = values.shape
+    mb = -(-out.shape[0] // bo)
+    offsets, columns = places[: mb + 1].tolist(), places[mb + 1 : mb + 1 + nnz].tolist()
+    for i in range(mb):
+        for k in range(offsets[i], offsets[i + 1]):
+            for a, b in itertools.product(range(bo), range(bi)):
+                if i * bo + a < out.shape[0] and columns[k] * bi + b < out.shape[1]:
+                    out[i * bo + a, columns[k] * bi + b] = values[k, a, b]
+
+
 def _kronecker_sparse(out: Tensor, A: Any, values: Tensor) -> None:
     a, b, c, d = values.shape
     for i, o, j, k in itertools.product(range(a), range(b), range(c), range(d)):
@@ -118,6 +134,7 @@ _ENTRIES = {
     Permutation: _permutation,
     LowRank: _low_rank,
     BlockDiagonal: _block_diagonal,
+    BlockSparse: _block_sparse,
     KroneckerSparse: _kronecker_sparse,
     Monarch: _monarch,
 }
@@ -128,6 +145,7 @@ _RANKS = {
     Permutation: (1,),
     LowRank: (2, 2),
     BlockDiagonal: (3,),
+    BlockSparse: (3, 1),
     KroneckerSparse: (4,),
     Monarch: (3, 3),
 }

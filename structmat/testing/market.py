@@ -8,12 +8,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from structmat import layouts
 from structmat.base import StructuredMatrix
 from structmat.chain import Chain
 from structmat.kaleidoscopes import permutation
 from structmat.lazy import Inverse, Kronecker, Product, Scaled, Sum, Transposed
 from structmat.matrices import (
     BlockDiagonal,
+    BlockSparse,
     Butterfly,
     Dense,
     Diagonal,
@@ -23,6 +25,7 @@ from structmat.matrices import (
     Monarch,
     OrthogonalButterfly,
     Permutation,
+    Pixelfly,
 )
 from structmat.testing.definitions import dense_by_definition
 from structmat.testing.entry import Entry
@@ -106,6 +109,25 @@ def _entries() -> Iterator[tuple[str, Make, bool]]:
     yield "blockdiagonal-cropped", _invertible_blocks(3, 4, 11), True
     yield "blockdiagonal-column", _random(BlockDiagonal, (5, 1), nblocks=1), False
     yield "blockdiagonal-batch", _random(BlockDiagonal, (2, 4, 6), nblocks=2), False
+    grid = torch.tensor([[1, 0, 0], [0, 0, 0], [0, 1, 1]], dtype=torch.bool)
+    empty_rows = layouts.Layout(grid, (2, 3))
+    flat = layouts.flat_butterfly((12, 14), (4, 2), max_stride=2)  # a 3 x 7 grid
+    cut = layouts.banded((7, 11), (2, 3))
+    yield "blocksparse", _random(BlockSparse, (8, 8), layouts.flat_butterfly((8, 8), 2, max_stride=2)), False
+    yield "blocksparse-grid", _random(BlockSparse, (12, 14), flat), False
+    yield "blocksparse-cut", _random(BlockSparse, (7, 11), cut), False
+    yield "blocksparse-one", _random(BlockSparse, (3, 5), layouts.full((3, 5), (3, 5))), False
+    yield "blocksparse-entries", _random(BlockSparse, (5, 5), 0.4, block=1), False
+    yield "blocksparse-row", _random(BlockSparse, (1, 9), 0.6, block=(1, 2)), False
+    yield "blocksparse-empty-rows", _random(BlockSparse, (6, 9), empty_rows), False
+    yield "blocksparse-joined", _random(BlockSparse, (6, 9), layouts.Layout(~grid, (2, 3), coarsening=(2, 2))), False
+    yield "blocksparse-batch", _random(BlockSparse, (2, 3, 4, 6), layouts.block_diagonal((4, 6), (2, 3))), False
+    yield "pixelfly", _random(Pixelfly, (8, 8), layouts.flat_butterfly((8, 8), 2, max_stride=2), rank=2), False
+    yield "pixelfly-grid", _random(Pixelfly, (12, 14), flat, rank=3), False
+    yield "pixelfly-cut", _random(Pixelfly, (7, 11), cut, rank=1), False
+    yield "pixelfly-empty-rows", _random(Pixelfly, (6, 9), empty_rows, rank=2), False
+    yield "pixelfly-row", _random(Pixelfly, (1, 5), layouts.banded((1, 5), (1, 2)), rank=1), False
+    yield "pixelfly-batch", _random(Pixelfly, (2, 3, 4, 6), layouts.block_diagonal((4, 6), (2, 3)), rank=1), False
     yield "monarch", _random(Monarch, (6, 10), nblocks=2), False
     yield "monarch-square", _invertible_monarch(3, 4, 2, 6), True
     yield "monarch-sqrt", _invertible_monarch(4, 4, 4, 4), True
