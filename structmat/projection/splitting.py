@@ -7,7 +7,6 @@ D), with alpha < a' / a and delta < d / d', that share no entry and no parameter
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from structmat._checks import check_tensor
