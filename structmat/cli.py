@@ -50,6 +50,12 @@ structures, for a weight of m rows and n columns:
                  budget
   blockdiagonal  the blocks on the diagonal, m n / nblocks numbers; --nblocks (4)
                  or a budget
+  butterfly      a product of log n sparse factors; the prime factors of m and n
+                 set its size, which a budget has to leave room for
+  blocksparse    the blocks of 32 x 32 of the largest norms; a budget
+  pixelfly       blocks near to powers of two from the diagonal, and a low-rank
+                 matrix; --rank, or a budget, a quarter or more of which
+                 is low rank
 
 Patterns (GLOB) are those of the shell (* ? [abc]), for a tensor's name with or
 without .weight; quote them. One that matches no candidate is an error."""
@@ -92,7 +98,9 @@ def build_parser() -> argparse.ArgumentParser:
     add.add_argument("input", metavar="IN", help="the checkpoint to read")
     add.add_argument("output", metavar="OUT", nargs="?", help="what to write; may be left out with --dry-run")
     shape = add.add_argument_group("structure")
-    shape.add_argument("--structure", choices=sorted(CONFIGS), default="monarch", help="default: %(default)s")
+    shape.add_argument(
+        "--structure", choices=sorted(CONFIGS), default="monarch", metavar="NAME", help="default: %(default)s"
+    )
     shape.add_argument("--nblocks", type=_blocks, metavar="N", help="number of blocks; K,L: right blocks, left blocks")
     size = shape.add_mutually_exclusive_group()
     size.add_argument("--rank", type=int, metavar="R", help="rank of the matrix, or of a Monarch matrix's slices")
@@ -221,6 +229,8 @@ def _blocks(text: str) -> int | tuple[int, int]:
 def _config(args: argparse.Namespace) -> Config:
     names = ("nblocks", "rank", "ratio", "max_params")
     given = {name: value for name in names if (value := getattr(args, name)) is not None}
+    if args.structure == "pixelfly":
+        given["split"] = "rule"  # sizes are written before anything is projected
     try:
         return config_from_dict({"structure": args.structure, **given})
     except (TypeError, ValueError) as error:

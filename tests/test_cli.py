@@ -288,3 +288,17 @@ def test_help_is_a_manual(capsys):
         assert done.value.code == 0
         assert all(word in text for word in words)
         assert max(map(len, text.splitlines())) <= 81
+
+
+@pytest.mark.parametrize("structure", ["butterfly", "blocksparse", "pixelfly"])
+def test_every_structure_goes_there_and_back(structure, tmp_path, capsys):
+    weight = torch.randn(96, 64, generator=torch.Generator().manual_seed(0))
+    safetensors.torch.save_file({"a.weight": weight, "a.bias": torch.zeros(96)}, tmp_path / "in.safetensors")
+    small, dense = tmp_path / "small.safetensors", tmp_path / "dense.safetensors"
+    main(["compress", str(tmp_path / "in.safetensors"), str(small), "--structure", structure, "--ratio", "0.6"])
+    main(["inspect", str(small)])
+    assert structure in capsys.readouterr().out
+    main(["densify", str(small), str(dense)])
+    back = safetensors.torch.load_file(dense)
+    error = torch.linalg.vector_norm(back["a.weight"] - weight) / torch.linalg.vector_norm(weight)
+    assert 0.1 < error < 1 and torch.equal(back["a.bias"], torch.zeros(96))

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from structmat.base import StructuredMatrix
-from structmat.matrices import BlockDiagonal, LowRank, Monarch
+from structmat.matrices import BlockDiagonal, BlockSparse, Butterfly, LowRank, Monarch, Pixelfly
 from structmat.nn import BlockDiagonalLinear, LowRankLinear, MonarchLinear, StructuredLinear
 
 KEY = "structmat"
@@ -154,6 +154,13 @@ def structure_name(value: StructuredMatrix) -> str:
         return f"lowrank {value.rank}"
     if isinstance(value, BlockDiagonal):
         return f"blockdiagonal {value.blocks.shape[-3]}"
+    if isinstance(value, Butterfly):
+        return f"butterfly {len(value.factors)}"
+    if isinstance(value, BlockSparse):
+        count, rows, columns = value.values.shape[-3:]  # the layout is data, which a matrix on the meta device lacks
+        return f"blocksparse {count} of {rows}x{columns}"
+    if isinstance(value, Pixelfly):
+        return f"pixelfly {structure_name(value.block_sparse)} rank {value.low_rank.rank}"
     inner: list[str] = []
     for name in value._dynamic:
         child = getattr(value, name)
