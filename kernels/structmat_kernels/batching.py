@@ -54,13 +54,22 @@ def vmap_over_batch(op: Any, tensors: int, rows: bool = False) -> None:
 
     Args:
         op: the custom op; all of its outputs have leading dimension G, or shape (0,).
-        tensors: how many of its first arguments are tensors.
+        tensors: how many of its first arguments are tensors of leading dimension G.
         rows: whether the op maps the rows of its first argument (G, tokens, n) one by one to those of its output; then
             nothing is copied where only that argument is mapped and G = 1.
     """
 
     def rule(info: Any, in_dims: tuple, *args: Any) -> tuple:
         size = info.batch_size
+        mapped = [i for i in range(tensors, len(args)) if isinstance(args[i], Tensor) and in_dims[i] is not None]
+        if mapped:  # tables, which have no leading G: each its own call
+            outs = []
+            for i in range(size):
+                dims = zip(args, in_dims, strict=True)
+                outs.append(op(*(a.select(d, i) if isinstance(a, Tensor) and d is not None else a for a, d in dims)))
+            if isinstance(outs[0], Tensor):
+                return torch.stack(outs), 0
+            return [torch.stack(found) for found in zip(*outs, strict=True)], [0] * len(outs[0])
         if rows and in_dims[0] is not None and not any(d is not None for d in in_dims[1:tensors]):
             x = args[0].movedim(in_dims[0], 0)
             if x.shape[1] == 1:

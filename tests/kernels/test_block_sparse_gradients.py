@@ -1,10 +1,13 @@
 """Derivatives of block-sparse products: of some operands, of batches, of second order, mapped, compiled."""
 
+import dataclasses
+import functools
+
 import pytest
 import torch
 
 from structmat.testing import relative_error
-from structmat_kernels.block_sparse import block_sparse, to_dense
+from structmat_kernels.block_sparse import BlockLayout, block_sparse, to_dense
 
 
 @pytest.mark.parametrize("layout", ["random"], indirect=True)
@@ -125,3 +128,23 @@ def test_compile(device, layout, sparse, transposed):
     z.square().sum().backward()
     for a, b in zip(eager, compiled, strict=True):
         assert torch.equal(a.grad, b.grad)
+
+
+def test_vmap_over_tables(device):
+    """Matrices of different patterns with equally many blocks are stacked with their tables."""
+    masks = [torch.eye(4, dtype=torch.bool), torch.eye(4, dtype=torch.bool).flip(0)]
+    layouts = [BlockLayout.from_mask(mask, 16).to(device) for mask in masks]
+    generator = torch.Generator().manual_seed(0)
+    x, values = (torch.randn(2, *s, generator=generator).to(device) for s in ((3, 64), (4, 16, 16)))
+
+    def loss(values, x, table, backend):
+        y = block_sparse(x, values, dataclasses.replace(layouts[0], table=table), backend=backend)
+        return y.sin().sum(), y
+
+    function = functools.partial(loss, backend="triton")
+    mapped = torch.vmap(torch.func.grad(function, has_aux=True))
+    grads, products = mapped(values, x, torch.stack([layout.table for layout in layouts]))
+    for i, layout in enumerate(layouts):
+        grad, y = torch.func.grad(functools.partial(loss, backend="torch"), has_aux=True)(values[i], x[i], layout.table)
+        assert relative_error(products[i], y) <= 1e-6
+        assert relative_error(grads[i], grad) <= 1e-6
