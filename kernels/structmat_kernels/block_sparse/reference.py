@@ -20,6 +20,23 @@ def _places(values: Tensor, table: Tensor, m: int, n: int, qo: int, qi: int) -> 
     return fine.rows.long(), fine.columns.long()
 
 
+# On CUDA index_add, and the backward of index_select, add in an order that changes from run to run; indexing and
+# index_put sort first. On a CPU all are deterministic, and the former faster.
+def _take(pieces: Tensor, sources: Tensor) -> Tensor:
+    if pieces.is_cuda:
+        return pieces.movedim(-3, 0)[sources].movedim(0, -3)
+    return pieces.index_select(-3, sources)
+
+
+def _sum_at(products: Tensor, targets: Tensor, count: int) -> Tensor:
+    """Sums of the products with one target: (*batch, count, tokens, height)."""
+    if products.is_cuda:
+        first = products.movedim(-3, 0)
+        zeros = first.new_zeros(count, *first.shape[1:])
+        return zeros.index_put((targets,), first, accumulate=True).movedim(0, -3)
+    return products.new_zeros(*products.shape[:-3], count, *products.shape[-2:]).index_add(-3, targets, products)
+
+
 def block_sparse(
     x: Tensor,
     values: Tensor,
@@ -66,11 +83,10 @@ def block_sparse(
     _, width, height = blocks.shape[-3:]  # of a block's input and output
     count = -(-size // height)
     pieces = F.pad(x, (0, -x.shape[-1] % width)).unflatten(-1, (-1, width)).movedim(-2, -3)
-    products = pieces.index_select(-3, sources) @ blocks  # (*batch, nnz, tokens, height)
+    products = _take(pieces, sources) @ blocks  # (*batch, nnz, tokens, height)
     if products.dtype in (torch.float16, torch.bfloat16):
         products = products.float()
-    zeros = products.new_zeros(*products.shape[:-3], count, *products.shape[-2:])
-    y = zeros.index_add(-3, targets, products).movedim(-3, -2).flatten(-2)[..., :size]
+    y = _sum_at(products, targets, count).movedim(-3, -2).flatten(-2)[..., :size]
     y = scale * y
     if gamma.shape[-1]:
         y = gamma.unsqueeze(-1) * y
