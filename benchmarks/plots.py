@@ -1,4 +1,4 @@
-"""Make the plots, and with --docs the page docs/benchmarks.md, from the committed result files.
+"""Make the plots, and with --docs docs/benchmarks.md and docs/sparse_training_results.md, from the committed results.
 
     python benchmarks/plots.py [--docs]
 
@@ -13,12 +13,14 @@ from pathlib import Path
 from typing import Any
 
 import matplotlib
+from harness import training_page
 from harness.cases.linear import FOUR, SQRT
 from harness.page import page, runs
 from harness.problem import FORWARD, TRAINING
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
+from harness import training_plots
 from matplotlib.axes import Axes
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -142,18 +144,38 @@ def draw(results: Path, folder: Path) -> list[Path]:
     return written
 
 
+def draw_trainings(results: Path, folder: Path) -> list[Path]:
+    """Write the plots of every committed training."""
+    folder.mkdir(parents=True, exist_ok=True)
+    written = []
+    with plt.rc_context(PARAMETERS):
+        for kind, figure_of in (("images", training_plots.images), ("text", training_plots.text)):
+            for name, facts, times in training_page.trainings(results, kind):
+                if facts.get("runs"):
+                    path, figure = folder / f"training-{kind}-{name}.svg", figure_of(facts, times)
+                    words = f"rows {digest([*facts['runs'], *times])}"
+                    figure.savefig(path, metadata={"Date": None, "Creator": None, "Description": words})
+                    plt.close(figure)
+                    written.append(path)
+    return written
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--results", type=Path, default=RESULTS)
-    parser.add_argument("--docs", action="store_true", help="also write docs/benchmarks.md")
+    parser.add_argument("--docs", action="store_true", help="also write the pages")
     parser.add_argument("--out", type=Path, default=ROOT / "docs" / "_static", help="folder of the plots")
     args = parser.parse_args()
-    for path in draw(args.results, args.out):
+    for path in [*draw(args.results, args.out), *draw_trainings(args.results, args.out)]:
         print(path)
     if args.docs:
         target = ROOT / "docs" / "benchmarks.md"
         target.write_text(page(args.results), encoding="utf-8")
         print(target)
+        if text := training_page.page(args.results):
+            target = ROOT / "docs" / training_page.NAME
+            target.write_text(text, encoding="utf-8")
+            print(target)
 
 
 if __name__ == "__main__":
