@@ -8,7 +8,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from structmat import Butterfly, layouts
+from structmat import BlockSparse, Butterfly, Kaleidoscope, layouts
 from structmat.layouts import Layout
 
 NAMED = {
@@ -35,17 +35,37 @@ def test_density_of_the_flat_butterfly():
             assert torch.equal(wide.mask, layout.mask.repeat_interleave(2, 0).repeat_interleave(3, 1))
 
 
-@pytest.mark.parametrize("grid", [2, 8, 16])
-def test_flat_butterfly_is_the_union_of_butterfly_factors(grid):
-    factors = Butterfly.random((grid, grid), dtype=torch.float64).factors
-    ordered = sorted(factors, key=lambda f: f.values.shape[-1])  # by d: the distance of what a block joins
+@pytest.mark.parametrize("grid", [1, 2, 4, 8, 16, 32, 64])
+@pytest.mark.parametrize("cls", [Butterfly, Kaleidoscope])
+def test_flat_butterfly_is_the_union_of_butterfly_factors(cls, grid):
+    """Of a butterfly's factors, or of a kaleidoscope's two runs of them; in blocks, and stretched to rectangles."""
+    supports = {}
+    for factor in cls.random((grid, grid), dtype=torch.float64).factors:
+        a, _, _, d = factor.values.shape  # d: the distance of what a block joins
+        assert a * d * 2 == max(grid, 2)
+        supports.setdefault(d, torch.zeros(grid, grid, dtype=torch.bool)).logical_or_(factor.to_dense() != 0)
     union = torch.eye(grid, dtype=torch.bool)
     for t in range(grid.bit_length()):
-        layout = layouts.flat_butterfly((grid * 3, grid * 3), 3, 1 << t)
+        for d in supports:
+            union = union | supports[d] if 2 * d == 1 << t else union
+        layout = layouts.flat_butterfly((grid * 3, grid * 2), (3, 2), 1 << t)
         assert torch.equal(layout.mask, union)
-        assert torch.equal(layout.entries(), union.repeat_interleave(3, 0).repeat_interleave(3, 1))
-        if t < len(ordered):
-            union = union | (ordered[t].to_dense() != 0)
+        assert torch.equal(layout.entries(), union.repeat_interleave(3, 0).repeat_interleave(2, 1))
+        wide = layouts.flat_butterfly((grid * 6, grid * 4), (3, 1), 1 << t, cells=grid)
+        assert torch.equal(wide.entries(), union.repeat_interleave(6, 0).repeat_interleave(4, 1))
+        member = BlockSparse.random((grid * 3, grid * 2), layout).to_dense() != 0
+        assert not (member & ~layout.entries()).any()
+    assert union.sum() == grid * grid.bit_length()
+
+
+def test_1024_in_blocks_of_32_stretched_from_16_cells():
+    """The issue's figure: stride 4 on 16 x 16 cells of 2 x 2 blocks stores exactly 3/16."""
+    layout = layouts.flat_butterfly((1024, 1024), 32, max_stride=4, cells=16)
+    assert layout.grid == (32, 32)
+    assert layout.density == 3 / 16
+    assert layout.num_params * 16 == 3 * 1024 * 1024
+    assert torch.equal(layout.mask.sum(0), torch.full((32,), 6))
+    assert torch.equal(layout.mask.sum(1), torch.full((32,), 6))
 
 
 def test_other_grids_take_the_nearest_stretching():

@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 
 import structmat as sm
 from structmat.testing import assert_close, dense_by_definition
-from structmat.testing.strategies import batches, matrices, monarch, sizes
+from structmat.testing.strategies import batches, block_sparse, layouts, matrices, monarch, pixelfly, sizes
 
 
 def wide(t):
@@ -49,3 +49,28 @@ def test_a_monarch_is_its_own_projection(M):
     again = dense_by_definition(sm.Monarch(left, right, *M.shape[-2:]))
     assert (again - D).norm() <= 1e-12 * D.norm().clamp_min(1e-300)
     assert (lost <= 1e-12 * D.norm().clamp_min(1)).all()
+
+
+@given(layouts())
+def test_layouts_are_values(layout):
+    assert layout.mT.mT == layout == layout | layout
+    assert hash(layout) == hash(layout.mT.mT)
+    support = torch.zeros(layout.shape, dtype=torch.bool)
+    for i, j in zip(layout.rows.tolist(), layout.columns.tolist(), strict=True):
+        support[i * layout.block[0] : (i + 1) * layout.block[0], j * layout.block[1] : (j + 1) * layout.block[1]] = True
+    assert torch.equal(layout.entries(), support)
+    assert len(str(layout).split("\n")) == layout.grid[0]
+
+
+@given(st.one_of(block_sparse(), pixelfly(12)))
+def test_block_sparse_and_pixelfly_are_their_own_projections(A):
+    D = A.to_dense()
+    if isinstance(A, sm.BlockSparse):
+        assert torch.equal(sm.BlockSparse.from_dense(D, A.layout).to_dense(), D)
+        return
+    found = sm.Pixelfly.from_dense(D, A.layout, A.rank)
+    masked = torch.where(A.layout.entries(), 0, wide(D)).norm()
+    assert (wide(found.to_dense()) - wide(D)).norm() <= masked * (1 + 1e-9) + 1e-5 * wide(D).norm()
+    # On the blocks nothing is lost, but for the rounding of the sum.
+    inside = A.layout.entries()
+    assert_close(found.to_dense()[..., inside], wide(D)[..., inside], 1e-4 if D.real.dtype == torch.float32 else 1e-9)

@@ -10,10 +10,10 @@ from torch import Tensor
 
 from structmat._checks import check_inexact, check_int, check_matrix_shape, check_same, check_tensor
 from structmat.base import LINEAR_STD, StructuredMatrix, matrix
-from structmat.layouts import Layout
+from structmat.layouts import Layout, random
 from structmat.matrices.block_sparse import BlockSparse
 from structmat.matrices.low_rank import LowRank
-from structmat.projection.pixelfly import project_pixelfly
+from structmat.projection.pixelfly import project_free_blocks, project_pixelfly
 from structmat.projection.truncated import work_dtype
 from structmat_kernels.block_sparse import block_sparse, block_sparse_transposed
 
@@ -129,13 +129,20 @@ class Pixelfly(StructuredMatrix):
     # ---------------------------------------------------------------- construction
     @classmethod
     def _project(
-        cls, W: Tensor, layout: Layout, rank: int, gamma: float = 0.5, sweeps: int = 200
+        cls, W: Tensor, layout: Layout | float, rank: int, gamma: float = 0.5, sweeps: int = 200, block: Any = 32
     ) -> tuple[Self, None, Tensor]:
         check_tensor("W", W, 2)
         check_inexact("W", W)
-        _check_layout(layout, (W.shape[-2], W.shape[-1]))
+        m, n = W.shape[-2:]
         weight, W = _check_gamma(gamma), W.detach()
-        left, right, lost = project_pixelfly(W, layout.mask, layout.block, rank, sweeps)
+        if isinstance(layout, Layout):
+            _check_layout(layout, (m, n))
+            left, right, lost = project_pixelfly(W, layout.mask, layout.block, rank, sweeps)
+        else:
+            # How many blocks a density means, and of what kind the layout is, random says for all alike.
+            layout = random((m, n), block, layout)
+            mask, left, right, lost = project_free_blocks(W, layout.nnz, layout.block, rank, sweeps)
+            layout = Layout(mask, layout.block, (m, n), layout.coarsening)
         root = abs(1 - weight) ** -0.5
         low = LowRank((left * math.copysign(root, 1 - weight)).to(W.dtype), (right * root).to(W.dtype))
         # The blocks make up for the rounding of the low-rank part as well.
@@ -144,32 +151,50 @@ class Pixelfly(StructuredMatrix):
         return cls(W.new_full(W.shape[:-2], weight), blocks.to(W.dtype), low), None, lost
 
     @classmethod
-    def from_dense(cls, W: Tensor, layout: Layout, rank: int, gamma: float = 0.5, sweeps: int = 200) -> Self:
+    def from_dense(
+        cls, W: Tensor, layout: Layout | float, rank: int, gamma: float = 0.5, sweeps: int = 200, block: Any = 32
+    ) -> Self:
         """A Pixelfly matrix near to W, by alternating minimisation; see :func:`~structmat.projection.project_pixelfly`.
 
         The error is never above that of the blocks alone or of the rank alone, and zero to rounding for members whose
         low-rank part the entries outside of the blocks determine. The result does not carry W's gradient.
 
+        Of a density in place of a layout the blocks are chosen too, in turns with the low rank: those where W minus
+        the low rank is largest. This is a robust principal component analysis with outliers in blocks (Candès et al.
+        2011), the decomposition of Scatterbrain (Chen et al. 2021) for a matrix. The error then never is above that of
+        the largest blocks alone or of the rank alone; that a member's blocks are found is usual, and not proved.
+
         Args:
             W: shape (*batch, m, n), floating point or complex; the work is done in double precision.
-            layout: of the blocks.
+            layout: of the blocks; or a density in (0, 1], for blocks chosen from W, the same ones for a whole batch.
             rank: of the rest, from 0 to min(m, n).
             gamma: the weight; the factors are divided by it and by 1 - gamma. The error does not depend on it.
             sweeps: most sweeps.
+            block: with a density, height and width of a block, or one number.
 
         Raises:
-            TypeError: if W is not a floating-point or complex tensor, or layout is not a layout.
-            ValueError: if the layout is of another shape, rank or gamma is out of range, or W has NaN or infinite
-                entries.
+            TypeError: if W is not a floating-point or complex tensor.
+            ValueError: if the layout is of another shape, the density, rank or gamma is out of range, or W has NaN or
+                infinite entries.
+
+        Example:
+            >>> import torch, structmat
+            >>> g = torch.Generator().manual_seed(0)
+            >>> L, blocks = structmat.LowRank.random((64, 64), 2, generator=g), torch.zeros(64, 64)
+            >>> blocks[8:16, 40:48], blocks[32:40, :8] = 5.0, -3.0
+            >>> A = structmat.Pixelfly.from_dense(L.to_dense() + blocks, 2 / 64, rank=2, block=8)
+            >>> A.layout.rows.tolist(), A.layout.columns.tolist()
+            ([1, 4], [5, 0])
         """
-        return cls._project(W, layout, rank, gamma, sweeps)[0]
+        return cls._project(W, layout, rank, gamma, sweeps, block)[0]
 
     @classmethod
     def random(
         cls,
         shape: Any,
-        layout: Layout,
+        layout: Layout | float,
         rank: int,
+        block: Any = 32,
         *,
         generator: torch.Generator | None = None,
         dtype: torch.dtype | None = None,
@@ -179,13 +204,15 @@ class Pixelfly(StructuredMatrix):
 
         Args:
             shape: (*batch, m, n).
-            layout: of the blocks.
+            layout: of the blocks; or a density in (0, 1], for random blocks, the same ones for the same sizes.
             rank: inner size of the low-rank part, from 0.
+            block: with a density, height and width of a block, or one number.
             generator: source of randomness.
             dtype: the default dtype of torch if None.
             device: the default device of torch if None.
         """
         batch, m, n = check_matrix_shape(shape)
+        layout = layout if isinstance(layout, Layout) else random((m, n), block, layout)
         _check_layout(layout, (m, n))
         check_int("rank", rank, 0)
 
@@ -206,8 +233,6 @@ class Pixelfly(StructuredMatrix):
         return self
 
 
-def _check_layout(layout: Any, shape: tuple[int, int]) -> None:
-    if not isinstance(layout, Layout):
-        raise TypeError(f"layout must be a structmat.layouts.Layout, got {type(layout).__name__}")
+def _check_layout(layout: Layout, shape: tuple[int, int]) -> None:
     if layout.shape != shape:
         raise ValueError(f"layout must have the shape {shape}, got {layout.shape}")

@@ -3,6 +3,7 @@
 from structmat.models.attention import BlockSparseAttention
 from structmat.models.gpt import GPT, convert_gpt2_state_dict
 from structmat.models.mixer import MLPMixer
+from structmat.models.scatterbrain import ScatterbrainAttention
 from structmat.models.summary import ModelSummary, SummaryRow, model_summary
 from structmat.models.vit import VisionTransformer
 
@@ -11,6 +12,7 @@ __all__ = [
     "BlockSparseAttention",
     "MLPMixer",
     "ModelSummary",
+    "ScatterbrainAttention",
     "SummaryRow",
     "VisionTransformer",
     "convert_gpt2_state_dict",

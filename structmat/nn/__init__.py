@@ -1,6 +1,7 @@
 """Modules that own structured matrices as parameters."""
 
 from structmat.nn.block_sparse import BlockSparseLinear, PixelflyLinear
+from structmat.nn.block_sparse_conv import BlockSparseConv2d, PixelflyConv2d
 from structmat.nn.butterfly import ButterflyLinear, OrthogonalButterflyLinear
 from structmat.nn.butterfly_conv import ButterflyConv2d
 from structmat.nn.fly import convert_fly_state_dict
@@ -14,6 +15,7 @@ from structmat.nn.permutation import LearnablePermutation
 
 __all__ = [
     "BlockDiagonalLinear",
+    "BlockSparseConv2d",
     "BlockSparseLinear",
     "ButterflyConv2d",
     "ButterflyLinear",
@@ -24,6 +26,7 @@ __all__ = [
     "MatrixParameters",
     "MonarchLinear",
     "OrthogonalButterflyLinear",
+    "PixelflyConv2d",
     "PixelflyLinear",
     "StructuredLinear",
     "convert_fly_state_dict",

@@ -2,21 +2,17 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Sequence
 from typing import Any, Self
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import nn
 
-from structmat._checks import check_int, check_tensor
 from structmat.matrices import Butterfly
-from structmat.matrices._blocks import uniform_
-from structmat.nn.parameters import MatrixParameters
+from structmat.nn.conv import PatchConv2d
 
 
-class ButterflyConv2d(nn.Module):
+class ButterflyConv2d(PatchConv2d):
     """A convolution that mixes channels by one butterfly matrix at every entry of its kernel; as ``nn.Conv2d``.
 
     ``y[:, p, q] = bias + sum_u,v B_uv x[:, stride p + dilation u - padding, stride q + dilation v - padding]``, with an
@@ -63,6 +59,9 @@ class ButterflyConv2d(nn.Module):
         (8064, 73728)
     """
 
+    _mixer = "a butterfly"
+    nblocks = 1  # of layers that are not made by the constructor
+
     def __init__(
         self,
         in_channels: int,
@@ -79,103 +78,14 @@ class ButterflyConv2d(nn.Module):
         nblocks: int = 1,
         radices: Iterable[int | tuple[int, int]] | None = None,
     ) -> None:
-        super().__init__()
-        if groups != 1:
-            raise ValueError(
-                f"groups must be 1, got {groups}: a butterfly mixes all channels; for channels in separate groups use "
-                "nn.Conv2d, or one ButterflyConv2d a group"
-            )
-        modes = ("zeros", "reflect", "replicate", "circular")
-        if padding_mode not in modes:
-            raise ValueError(f"padding_mode must be one of {', '.join(modes)}, got {padding_mode!r}")
-        self.in_channels = check_int("in_channels", in_channels)
-        self.out_channels = check_int("out_channels", out_channels)
-        self.kernel_size = _two("kernel_size", kernel_size, 1)
-        self.stride = _two("stride", stride, 1)
-        self.dilation = _two("dilation", dilation, 1)
-        self.padding_mode, self.nblocks = padding_mode, nblocks
-        reach = [d * (k - 1) for d, k in zip(self.dilation, self.kernel_size, strict=True)]
-        if isinstance(padding, str):
-            if padding not in ("valid", "same"):
-                raise ValueError(f'padding must be integers, "valid" or "same", got {padding!r}')
-            if padding == "same" and self.stride != (1, 1):
-                raise ValueError(f'padding="same" needs stride 1, got {self.stride}')
-            self.padding = padding
-            before = [r // 2 if padding == "same" else 0 for r in reach]
-            after = [r - b if padding == "same" else 0 for r, b in zip(reach, before, strict=True)]
-        else:
-            self.padding = _two("padding", padding, 0)
-            before = after = list(self.padding)
-        self._reach = (reach[0] + 1, reach[1] + 1)
-        self._pads = (before[1], after[1], before[0], after[0])  # as F.pad counts them, the last dimension first
-        pairs = self._radices(radices)
-        shape = self.out_channels, math.prod(self.kernel_size) * self.in_channels
-        self.weight = MatrixParameters(Butterfly.random(shape, pairs, nblocks=nblocks, device=device, dtype=dtype))
-        if bias:
-            value = self.weight()
-            self.bias = nn.Parameter(torch.empty(self.out_channels, dtype=value.dtype, device=value.device))
-            self._reset_bias()
-        else:
-            self.register_parameter("bias", None)
+        def make(offsets: int) -> Butterfly:
+            pairs = _radices(out_channels, in_channels, offsets, radices)
+            shape = out_channels, offsets * in_channels
+            return Butterfly.random(shape, pairs, nblocks=nblocks, device=device, dtype=dtype)
 
-    def _radices(self, radices: Iterable[int | tuple[int, int]] | None) -> list[tuple[int, int]]:
-        """Those of [B_00, B_01, ...]: the left factor's blocks are as many times wider as there are offsets."""
-        chain = Butterfly.structure(self.out_channels, self.in_channels, radices)
-        first, *rest = ((p.b, p.c) for p in chain)
-        return [(first[0], first[1] * math.prod(self.kernel_size)), *rest]
-
-    def _reset_bias(self) -> None:
-        if self.bias is not None:
-            # The standard deviation of uniform numbers between -1 and 1 over the root of the fan-in.
-            std = 1 / math.sqrt(3 * self.weight.shape[-1])
-            uniform_(self.bias, std * math.sqrt(2) if self.bias.is_complex() else std)
-
-    def reset_parameters(self) -> None:
-        """Draw new factors and a new bias with ``nn.Conv2d``'s output variance."""
-        value: Any = self.weight()
-        value.randomize_()
-        self._reset_bias()
-
-    def kernel(self) -> Tensor:
-        """The dense kernel, of the shape of ``nn.Conv2d.weight``: (out_channels, in_channels, kh, kw)."""
-        row = self.weight().to_dense()
-        return row.unflatten(-1, (*self.kernel_size, self.in_channels)).permute(0, 3, 1, 2)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Convolve x of shape (N, in_channels, rows, columns) or (in_channels, rows, columns)."""
-        check_tensor("x", x)
-        if x.ndim not in (3, 4) or x.shape[-3] != self.in_channels:
-            raise ValueError(
-                f"x must have shape (N, {self.in_channels}, rows, columns) or ({self.in_channels}, rows, columns), got "
-                f"{tuple(x.shape)}"
-            )
-        images = x if x.ndim == 4 else x.unsqueeze(0)
-        if any(self._pads):
-            images = F.pad(images, self._pads, "constant" if self.padding_mode == "zeros" else self.padding_mode)
-        y = self.weight().linear(self._patches(images), self.bias).permute(0, 3, 1, 2)
-        return y if x.ndim == 4 else y.squeeze(0)
-
-    def _patches(self, images: Tensor) -> Tensor:
-        """Patches with channels last: (N, C, rows, columns) to (N, rows', columns', kh kw C)."""
-        sizes = []
-        for size, reach, step in zip(images.shape[-2:], self._reach, self.stride, strict=True):
-            if size < reach:
-                raise ValueError(
-                    f"x must be at least as large as the kernel, which reaches over {self._reach}, got padded images "
-                    f"of {tuple(images.shape[-2:])}"
-                )
-            sizes.append((size - reach) // step + 1)
-        images = images.permute(0, 2, 3, 1)
-        pieces = []
-        for u in range(self.kernel_size[0]):
-            rows = slice(
-                u * self.dilation[0], u * self.dilation[0] + (sizes[0] - 1) * self.stride[0] + 1, self.stride[0]
-            )
-            for v in range(self.kernel_size[1]):
-                start = v * self.dilation[1]
-                columns = slice(start, start + (sizes[1] - 1) * self.stride[1] + 1, self.stride[1])
-                pieces.append(images[:, rows, columns])
-        return torch.cat(pieces, -1) if len(pieces) > 1 else pieces[0]
+        options = (stride, padding, dilation, groups, bias, padding_mode)
+        super().__init__(make, in_channels, out_channels, kernel_size, *options)
+        self.nblocks = nblocks
 
     @classmethod
     def from_conv2d(cls, conv: nn.Conv2d, radices: Iterable[int | tuple[int, int]] | None = None) -> Self:
@@ -189,30 +99,15 @@ class ButterflyConv2d(nn.Module):
             TypeError: if conv is not an ``nn.Conv2d``.
             ValueError: if it has groups, or the structure does not exist for its channels.
         """
-        if not isinstance(conv, nn.Conv2d):
-            raise TypeError(f"conv must be an nn.Conv2d, got {type(conv).__name__}")
-        options: Any = {
-            name: getattr(conv, name)
-            for name in ("kernel_size", "stride", "padding", "dilation", "groups", "padding_mode")
-        }
-        kernel = conv.weight.detach()
-        layer = cls(
-            conv.in_channels, conv.out_channels, **options, bias=conv.bias is not None, radices=radices,
-            device="meta", dtype=kernel.dtype,
-        )  # fmt: skip
-        found: Any = Butterfly.from_dense(kernel.permute(0, 2, 3, 1).flatten(1), layer.weight().chain)
-        layer.weight = MatrixParameters(found).requires_grad_(conv.weight.requires_grad)
-        if conv.bias is not None:
-            layer.bias = nn.Parameter(conv.bias.detach().clone(), requires_grad=conv.bias.requires_grad)
-        return layer.train(conv.training)
-
-    def extra_repr(self) -> str:
-        text = f"{self.in_channels}, {self.out_channels}, kernel_size={self.kernel_size}, stride={self.stride}"
-        return f"{text}, padding={self.padding!r}, dilation={self.dilation}, bias={self.bias is not None}"
+        row = cls._kernel_row(conv)
+        pairs = _radices(conv.out_channels, conv.in_channels, row.shape[1] // conv.in_channels, radices)
+        chain = Butterfly.structure(row.shape[0], row.shape[1], pairs)
+        return cls._around(Butterfly.from_dense(row, chain), conv)
 
 
-def _two(name: str, value: Any, low: int) -> tuple[int, int]:
-    pair = tuple(value) if isinstance(value, Sequence) and not isinstance(value, str) else (value, value)
-    if len(pair) != 2:
-        raise ValueError(f"{name} must be one integer or two, got {value!r}")
-    return check_int(name, pair[0], low), check_int(name, pair[1], low)
+def _radices(
+    out_channels: int, in_channels: int, offsets: int, radices: Iterable[int | tuple[int, int]] | None
+) -> list[tuple[int, int]]:
+    """Those of [B_00, B_01, ...]: the left factor's blocks are as many times wider as there are offsets."""
+    first, *rest = ((p.b, p.c) for p in Butterfly.structure(out_channels, in_channels, radices))
+    return [(first[0], first[1] * offsets), *rest]

@@ -14,8 +14,9 @@ from structmat.base import StructuredMatrix
 class MatrixParameters(nn.Module):
     """Own the factors of a structured matrix as parameters and rebuild the value when called.
 
-    Floating-point and complex leaves become parameters named as the fields, integer leaves buffers; nested matrices
-    become child modules (``factors.0.left``). A tensor that stands in the value twice stays one parameter.
+    Floating-point and complex leaves become parameters named as the fields, integer leaves buffers, and so do leaves
+    without entries (of rank 0), which have no gradient; nested matrices become child modules (``factors.0.left``). A
+    tensor that stands in the value twice stays one parameter.
 
     Args:
         value: the matrix; its factors are taken over without a copy where they are contiguous.
@@ -43,14 +44,15 @@ class MatrixParameters(nn.Module):
                 self.add_module(name, nn.ModuleList(MatrixParameters(c, shared) for c in child))
             elif isinstance(child, StructuredMatrix):
                 self.add_module(name, MatrixParameters(child, shared))
-            elif child.is_floating_point() or child.is_complex():
+            elif child.numel() and (child.is_floating_point() or child.is_complex()):
                 if id(child) not in shared:
                     data = child.detach().resolve_conj().contiguous()
                     # Keep the original alive: an id is unique only among living objects.
                     shared[id(child)] = (nn.Parameter(data), child)
                 self.register_parameter(name, shared[id(child)][0])
             else:
-                self.register_buffer(name, child)
+                # Without entries: DDP would wait for a gradient, and the largest entry of one does not exist.
+                self.register_buffer(name, child.detach() if child.requires_grad else child)
 
     def forward(self) -> StructuredMatrix:
         """The matrix, made of the parameters as they are now."""

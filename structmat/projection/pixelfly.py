@@ -1,4 +1,7 @@
-"""Blocks of a fixed support plus low rank, fitted to a matrix: alternating least squares over what the blocks miss."""
+"""Blocks plus low rank, fitted to a matrix: alternating least squares over what the blocks miss.
+
+The blocks stand at given places, or where the matrix wants them.
+"""
 
 from __future__ import annotations
 
@@ -7,10 +10,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from structmat._checks import check_int, check_tensor
+from structmat.layouts.layout import blocks_of
 from structmat.projection.truncated import truncated_svd, work_dtype
 
 # A sweep that takes off less than this share of the squared error is the last one.
 _SMALLEST_STEP = 1e-4
+# Sweeps between two choices of the blocks, and the most choices.
+_SWEEPS_A_CHOICE, _CHOICES = 4, 60
 # Eigenvalues of normal matrices, of at most 1, below which a direction is not seen outside of the blocks.
 _UNSEEN = 1e-9
 
@@ -60,19 +66,10 @@ def project_pixelfly(
         >>> (left @ right - L).norm().item() < 1e-10, lost.item() < 1e-10
         (True, True)
     """
-    check_tensor("W", W, 2)
+    flat, size = _scaled(W, rank)
     m, n = W.shape[-2:]
-    if check_int("rank", rank, 0) > min(m, n):
-        raise ValueError(f"rank must be at most min(m, n) = {min(m, n)}, got {rank}")
-    if not torch.isfinite(W).all():
-        raise ValueError("W has NaN or infinite entries")
-    batch, (bo, bi) = W.shape[:-2], block
-    flat = W.reshape(-1, m, n).to(work_dtype(W))
-    size = flat.abs().amax((-2, -1), keepdim=True) if flat.numel() else flat.real.new_ones(flat.shape[0], 1, 1)
-    size = torch.where(size > 0, size, 1)
-    flat = flat / size
     mask = mask.to(W.device)
-    free = ~mask.repeat_interleave(bo, 0)[:m].repeat_interleave(bi, 1)[:, :n]
+    free = ~_entries(mask, block, m, n)
     outside = flat * free
     if rank == 0:
         left, right, lost = flat[..., :0], flat[:, :0], _norm(outside)
@@ -85,12 +82,107 @@ def project_pixelfly(
         better = (other_lost <= lost * (1 + 1e-9) + 1e-13 * _norm(outside)).view(-1, 1, 1)
         left, right = torch.where(better, other[0], left), torch.where(better, other[1], right)
         left, right, lost = *_balanced(left, right), torch.where(better.flatten(), other_lost, lost)
+    return _unscaled(left, right, lost, size, W.shape[:-2])
+
+
+@torch.no_grad()
+def project_free_blocks(
+    W: Tensor, count: int, block: tuple[int, int], rank: int, sweeps: int = 200
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """As :func:`project_pixelfly`, with the ``count`` blocks wherever they lower the error most: a robust low rank.
+
+    Given the low rank L, the best blocks are those where W - L is largest; given the blocks, a few sweeps of least
+    squares fit L outside of them. In turns, until the choice repeats itself; the error never grows. Low rank of W, W
+    without its largest blocks, and ranks that grow from 1 are the starts, and the best end is taken, so that the error
+    is not above that of the best low-rank matrix alone or of the largest blocks alone. All matrices of a batch share
+    the blocks.
+
+    Args:
+        W: shape (*batch, m, n), floating point or complex, finite.
+        count: how many blocks, at least 1.
+        block: height and width of a block.
+        rank: of the product, from 0 to min(m, n).
+        sweeps: most sweeps for the last choice of blocks.
+
+    Returns:
+        The mask (ceil(m / bo), ceil(n / bi)) on the CPU; left, right and the norm of the error as
+        :func:`project_pixelfly`.
+
+    Source: Candès, Li, Ma and Wright 2011, "Robust principal component analysis?", for the problem, there convex and
+    entry by entry; Netrapalli et al. 2014 for alternating projections with growing ranks.
+    """
+    flat, size = _scaled(W, rank)
+    m, n = W.shape[-2:]
+    # The blocks are shared: the matrices of a batch count by their true sizes.
+    weights = (size / size.amax()).square() if flat.numel() else size
+
+    def choose(rest: Tensor) -> Tensor:
+        norms = (blocks_of(rest.abs().square(), block).sum((-2, -1)) * weights).sum(0)
+        mask = torch.zeros(norms.numel(), dtype=torch.bool, device=W.device)
+        mask[norms.flatten().argsort(descending=True, stable=True)[:count]] = True
+        return mask.view(norms.shape)
+
+    def fit(mask: Tensor, left: Tensor, right: Tensor, most: int) -> tuple[Tensor, Tensor, Tensor]:
+        free = ~_entries(mask, block, m, n)
+        return _alternate(flat * free, free, ~mask, block, left, right, most)
+
+    if rank == 0 or not flat.numel():
+        mask = choose(flat)
+        lost = _norm(flat * ~_entries(mask, block, m, n))
+        left, right = flat.new_zeros(*flat.shape[:2], rank), flat.new_zeros(flat.shape[0], rank, n)
+        return mask.cpu(), *_unscaled(left, right, lost, size, W.shape[:-2])
+    largest = choose(flat)
+    starts = [truncated_svd(flat, rank)[:2], truncated_svd(flat * ~_entries(largest, block, m, n), rank)[:2]]
+    grown = flat[..., :0], flat[:, :0]
+    for step in sorted({max(1, rank * k // 4) for k in range(1, 5)}):
+        rest = flat - grown[0] @ grown[1]
+        grown = truncated_svd(flat * ~_entries(choose(rest), block, m, n), step)[:2]
+        mask = choose(flat - grown[0] @ grown[1])
+        grown = fit(mask, *grown, _SWEEPS_A_CHOICE)[:2]
+    best: tuple[float, Tensor, Tensor, Tensor, Tensor] | None = None
+    for left, right in [*starts, grown]:
+        mask, before = choose(flat - left @ right), None
+        for _ in range(_CHOICES):
+            left, right, _ = fit(mask, left, right, _SWEEPS_A_CHOICE)
+            before, mask = mask, choose(flat - left @ right)
+            if torch.equal(mask, before):
+                break
+        left, right, lost = fit(mask, left, right, sweeps)
+        total = (lost.square() * weights.flatten()).sum().item()
+        if best is None or total < best[0]:
+            best = total, mask, left, right, lost
+    assert best is not None
+    _, mask, left, right, lost = best
+    return mask.cpu(), *_unscaled(*_balanced(left, right), lost, size, W.shape[:-2])
+
+
+def _scaled(W: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    """The matrices one after another, in double precision, with entries up to 1; and what they were divided by."""
+    check_tensor("W", W, 2)
+    m, n = W.shape[-2:]
+    if check_int("rank", rank, 0) > min(m, n):
+        raise ValueError(f"rank must be at most min(m, n) = {min(m, n)}, got {rank}")
+    if not torch.isfinite(W).all():
+        raise ValueError("W has NaN or infinite entries")
+    flat = W.reshape(-1, m, n).to(work_dtype(W))
+    size = flat.abs().amax((-2, -1), keepdim=True) if flat.numel() else flat.real.new_ones(flat.shape[0], 1, 1)
+    size = torch.where(size > 0, size, 1)
+    return flat / size, size
+
+
+def _unscaled(
+    left: Tensor, right: Tensor, lost: Tensor, size: Tensor, batch: torch.Size
+) -> tuple[Tensor, Tensor, Tensor]:
     scale = size.sqrt()
     return (
-        (left * scale).reshape(*batch, m, rank),
-        (right * scale).reshape(*batch, rank, n),
+        (left * scale).reshape(*batch, *left.shape[-2:]),
+        (right * scale).reshape(*batch, *right.shape[-2:]),
         (lost * size.flatten()).reshape(batch),
     )
+
+
+def _entries(mask: Tensor, block: tuple[int, int], m: int, n: int) -> Tensor:
+    return mask.repeat_interleave(block[0], 0)[:m].repeat_interleave(block[1], 1)[:, :n]
 
 
 def _alternate(

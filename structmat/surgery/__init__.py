@@ -3,7 +3,9 @@
 from structmat.surgery.allocation import Allocation, allocate
 from structmat.surgery.carry import carry_optimizer
 from structmat.surgery.checkpoint import load_file, save_file
-from structmat.surgery.replace import compress_, densify_, replace_
+from structmat.surgery.costs import measure_seconds
+from structmat.surgery.densify import densify_
+from structmat.surgery.replace import compress_, replace_
 from structmat.surgery.report import LayerRow, Report
 from structmat.surgery.training import distillation_loss, gradual_ratio, reproject_
 
@@ -18,6 +20,7 @@ __all__ = [
     "distillation_loss",
     "gradual_ratio",
     "load_file",
+    "measure_seconds",
     "replace_",
     "reproject_",
     "save_file",

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from structmat.nn import StructuredLinear
 from structmat.surgery.selection import check_model, is_linear_like, module_names
+from structmat.surgery.spec import is_conv1d
 
 
 @contextmanager
@@ -75,7 +76,9 @@ def carry_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer) -> Itera
         for part in ("bias", "weight"):
             gone = [p for p in _part(old, part) if p not in used]
             added = [p for p in _part(new, part) if p not in known]
-            buffer = _velocity(old, optimizer) if part == "weight" and isinstance(new, nn.Linear) else None
+            buffer = _velocity(old, optimizer) if part == "weight" and is_linear_like(new) else None
+            if buffer is not None and is_conv1d(new):
+                buffer = buffer.mT.contiguous()
             if _exchange(optimizer, gone, added) and buffer is not None:
                 optimizer.state[added[0]]["momentum_buffer"] = buffer
             known.update(added)
@@ -140,4 +143,6 @@ def _velocity(layer: nn.Module, optimizer: torch.optim.Optimizer) -> Tensor | No
         for (p, group), g in zip(factors, pulled, strict=True):
             v = optimizer.state[p]["momentum_buffer"] * (float(group["lr"]) / lr if lr else 1.0)
             total = total + (g.conj() * v).sum().real
+    if not total.requires_grad:  # the product does not depend on its factors, as a Vandermonde matrix of one column
+        return torch.zeros_like(value.detach())
     return torch.autograd.grad(total, u)[0].contiguous()

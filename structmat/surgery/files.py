@@ -20,8 +20,9 @@ from structmat.base import StructuredMatrix
 from structmat.config import Config, project
 from structmat.nn import MatrixParameters
 from structmat.surgery.candidates import Candidate, choose, natural
+from structmat.surgery.densify import to_dense
 from structmat.surgery.output import check_output, staged_folder
-from structmat.surgery.replace import collect, to_dense
+from structmat.surgery.replace import collect
 from structmat.surgery.report import LayerRow, Report
 from structmat.surgery.shards import Checkpoint
 from structmat.surgery.spec import (

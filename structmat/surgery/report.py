@@ -221,7 +221,7 @@ class Report:
         plot_report(self, path)
 
 
-def share(part: int, whole: int) -> str:
+def share(part: float, whole: float) -> str:
     """``part / whole`` as a percentage."""
     return f"{part / whole:.1%}" if whole else "-"
 

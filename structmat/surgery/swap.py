@@ -12,8 +12,8 @@ from structmat.base import StructuredMatrix
 from structmat.nn import StructuredLinear
 from structmat.surgery.spec import is_conv1d, layer_class
 
-# Attributes that speak of the old module only: its compiled call, and how its dense weight lay.
-_OWN = ("_compiled_call_impl", "conv1d")
+# Attributes that speak of the old module only: its compiled call, its sizes, and how its dense weight lay.
+_OWN = ("_compiled_call_impl", "conv1d", "in_features", "out_features", "matrix_batch")
 Pairs = Iterable[tuple[nn.Module, nn.Module]]
 
 
@@ -38,9 +38,11 @@ def structured_like(
         layer._reset_bias()
     elif bias is not None:
         layer.bias = bias  # the same object: an optimizer, or another layer that shares it, goes on holding it
-    if is_conv1d(old) or vars(old).get("conv1d"):
-        # Checkpoints say how the dense weight lay, so that a file for one layout does not go into the other.
-        vars(layer)["conv1d"] = True
+    conv1d = type(old) if is_conv1d(old) else vars(old).get("conv1d")
+    if conv1d:
+        # The class, for the way back. Checkpoints say too how the dense weight lay, so that a file for one layout does
+        # not go into the other.
+        vars(layer)["conv1d"] = conv1d
     return layer
 
 
@@ -49,11 +51,20 @@ def value_like(value: StructuredMatrix, size: int) -> Any:
     return next(value.tensors()).new_empty(size, dtype=value.dtype)
 
 
-def dense_like(old: StructuredLinear, weight: nn.Parameter) -> nn.Linear:
-    """An ``nn.Linear`` with this weight to stand in a structured layer's place."""
-    layer = nn.Linear.__new__(nn.Linear)  # not its constructor, which would draw random numbers
+def dense_class(old: StructuredLinear) -> type[nn.Module]:
+    """What stands in a structured layer's place once it is dense: ``Conv1D`` where that was there before."""
+    kind: Any = vars(old).get("conv1d")
+    return nn.Linear if kind is None or old.bias is None else kind  # a Conv1D cannot be without a bias
+
+
+def dense_like(old: StructuredLinear, weight: nn.Parameter) -> nn.Module:
+    """A dense layer with this weight, of a ``Conv1D`` (in, out), to stand in a structured layer's place."""
+    cls = dense_class(old)
+    layer = cls.__new__(cls)  # not its constructor, which would draw random numbers
     nn.Module.__init__(layer)
-    layer.in_features, layer.out_features = old.in_features, old.out_features
+    names = ("in_features", "out_features") if cls is nn.Linear else ("nx", "nf")
+    for name, size in zip(names, (old.in_features, old.out_features), strict=True):
+        setattr(layer, name, size)
     layer.register_parameter("weight", weight)
     layer.register_parameter("bias", old.bias)
     return layer.train(old.training)

@@ -15,7 +15,8 @@ from structmat._checks import check_inexact, check_int, check_tensor
 from structmat.nn import StructuredLinear
 from structmat.surgery.allocation import Rule, allocate
 from structmat.surgery.carry import carry_optimizer, linear_layers
-from structmat.surgery.replace import compress_, densify_
+from structmat.surgery.densify import densify_
+from structmat.surgery.replace import compress_
 from structmat.surgery.report import Report
 from structmat.surgery.selection import Configs, FilterFn, check_model, module_names
 from structmat.surgery.swap import swap

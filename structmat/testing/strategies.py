@@ -1,4 +1,4 @@
-"""Hypothesis strategies: sizes, dtypes, and a matrix of every class with a random structure.
+"""Hypothesis strategies: sizes, dtypes, layouts, and matrices of the classes with random structures.
 
 Needs hypothesis (``pip install hypothesis``).
 """
@@ -11,9 +11,10 @@ import torch
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 
+from structmat import layouts as patterns
 from structmat.base import StructuredMatrix
 from structmat.lazy import Kronecker, Product, Sum
-from structmat.matrices import BlockDiagonal, Dense, Diagonal, LowRank, Monarch, Permutation
+from structmat.matrices import BlockDiagonal, BlockSparse, Dense, Diagonal, LowRank, Monarch, Permutation, Pixelfly
 
 Strategy = st.SearchStrategy
 
@@ -101,6 +102,48 @@ def monarch(max_size: int = 24) -> Strategy[StructuredMatrix]:
 
 
 @st.composite
+def _layout(draw: Any, max_size: int) -> patterns.Layout:
+    m, n = draw(sizes(max_size)), draw(sizes(max_size))
+    size = (m, n), (draw(st.integers(1, m)), draw(st.integers(1, n)))
+    grid = patterns.full(*size).grid
+    kind = draw(st.sampled_from(["flat_butterfly", "banded", "bigbird", "random", "mask"]))
+    if kind == "flat_butterfly":
+        return patterns.flat_butterfly(*size, 1 << draw(st.integers(0, min(grid).bit_length() - 1)))
+    if kind == "banded":
+        return patterns.banded(*size, draw(st.integers(0, max(grid))))
+    if kind == "bigbird":
+        return patterns.bigbird(*size, seed=draw(st.integers(0, 2**16)))
+    if kind == "random":
+        return patterns.random(*size, draw(st.floats(0.01, 1)), draw(st.integers(0, 2**16)))
+    rows = st.lists(st.booleans(), min_size=grid[1], max_size=grid[1])
+    mask = draw(st.lists(rows, min_size=grid[0], max_size=grid[0]))
+    return patterns.Layout(torch.tensor(mask), size[1], size[0])
+
+
+def layouts(max_size: int = 24) -> Strategy[patterns.Layout]:
+    """:class:`structmat.layouts.Layout`: named patterns and any masks, with cut blocks and empty rows."""
+    return _layout(max_size)
+
+
+@st.composite
+def _sparse(draw: Any, cls: Any, max_size: int) -> StructuredMatrix:
+    layout, batch, dtype = draw(layouts(max_size)), draw(batches()), draw(dtypes())
+    rank = {"rank": draw(st.integers(0, min(layout.shape)))} if cls is Pixelfly else {}
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 2**16)))
+    return cls.random((*batch, *layout.shape), layout, **rank, dtype=dtype, generator=generator)
+
+
+def block_sparse(max_size: int = 24) -> Strategy[StructuredMatrix]:
+    """:class:`structmat.BlockSparse` matrices of :func:`layouts`."""
+    return _sparse(BlockSparse, max_size)
+
+
+def pixelfly(max_size: int = 24) -> Strategy[StructuredMatrix]:
+    """:class:`structmat.Pixelfly` matrices of :func:`layouts` and any rank, 0 among them."""
+    return _sparse(Pixelfly, max_size)
+
+
+@st.composite
 def _lazy(draw: Any, max_size: int) -> StructuredMatrix:
     A = draw(st.one_of(low_rank(max_size), block_diagonal(max_size), monarch(max_size)))
     m, n = A.shape[-2:]
@@ -124,5 +167,5 @@ def lazy(max_size: int = 12) -> Strategy[StructuredMatrix]:
 
 def matrices(max_size: int = 24) -> Strategy[StructuredMatrix]:
     """Matrices of every class."""
-    families = (dense, diagonal, permutation, low_rank, block_diagonal, monarch)
+    families = (dense, diagonal, permutation, low_rank, block_diagonal, monarch, block_sparse, pixelfly)
     return st.one_of(*(f(max_size) for f in families), lazy(min(max_size, 12)))

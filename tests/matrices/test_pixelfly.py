@@ -112,6 +112,57 @@ def test_budgets(name):
     assert all(b <= a + 1e-9 for a, b in pairwise(errors))
 
 
+@pytest.mark.parametrize("name", MATRICES)
+def test_budgets_of_free_blocks(name):
+    W = MATRICES[name]
+    for ratio in (0.15, 0.5):
+        budget = int(ratio * 64 * 64)
+        config = sm.PixelflyConfig(block=8, ratio=ratio, pattern="top_k")
+        found = sm.project(W, config)
+        assert found.matrix.num_params <= budget
+        assert config.num_params(64, 64) <= budget
+        alone = (
+            sm.LowRankConfig(max_params=budget - 1),
+            sm.BlockSparseConfig(block=8, max_params=budget - 1),
+            sm.PixelflyConfig(block=8, ratio=ratio, pattern="top_k", split="rule"),
+        )
+        assert found.error <= min(sm.project(W, c).error for c in alone) + 1e-12
+
+
+def test_a_density_chooses_blocks_and_loads_into_another_choice():
+    layout = layouts.random((40, 60), (8, 6), 0.2, seed=5)
+    A = sm.Pixelfly.random((40, 60), layout, 2, dtype=F64, generator=generator())
+    found = sm.Pixelfly.from_dense(A.to_dense(), 0.2, 2, block=(8, 6))
+    assert found.layout == layout
+    assert error(found, A.to_dense()) < 1e-10
+    assert sm.Pixelfly.random((40, 60), 0.2, 2, block=(8, 6)).layout == layouts.random((40, 60), (8, 6), 0.2)
+    one = sm.nn.StructuredLinear(found, bias=False)
+    other = sm.nn.StructuredLinear(sm.Pixelfly.random((40, 60), 0.2, 2, block=(8, 6), dtype=F64), bias=False)
+    other.load_state_dict(one.state_dict())
+    torch.testing.assert_close(other(torch.ones(60, dtype=F64)), one(torch.ones(60, dtype=F64)))
+    stack = torch.stack([A.to_dense(), 2 * A.to_dense()]).float()
+    batch = sm.Pixelfly.from_dense(stack, 0.2, 2, block=(8, 6))
+    assert batch.shape == (2, 40, 60) and batch.dtype == torch.float32 and batch.layout == layout
+    torch.testing.assert_close(batch.to_dense(), stack, rtol=1e-5, atol=1e-5)
+    given = sm.PixelflyConfig(block=8, pattern="top_k", max_params=1500, rank=3).resolve(64, 64)
+    assert given == {"layout": 17 / 64, "rank": 3, "block": 8}
+
+
+def test_rank_zero_trains():
+    """Factors without entries are no parameters: DDP, clipping and optimizers see only what has a gradient."""
+    layer = sm.nn.PixelflyLinear(32, 32, block=8, max_stride=2, rank=0)
+    layer(torch.ones(3, 32)).square().sum().backward()
+    assert all(p.numel() and p.grad is not None and p.grad.shape == p.shape for p in layer.parameters())
+    for norm in (1.0, 2.0, float("inf")):
+        for foreach in (True, False):
+            assert torch.nn.utils.clip_grad_norm_(layer.parameters(), 1.0, norm, foreach=foreach).isfinite()
+    torch.optim.AdamW(layer.parameters()).step()
+    twin = sm.nn.PixelflyLinear(32, 32, block=8, max_stride=2, rank=0)
+    twin.load_state_dict(layer.state_dict())
+    compiled = torch.compile(twin.double(), fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(torch.ones(3, 32).double()), layer(torch.ones(3, 32)).double())
+
+
 def test_low_precision_is_rounded_once():
     W = torch.randn(64, 64, generator=generator())
     layout = LAYOUTS["square"]
@@ -163,8 +214,19 @@ PARTS = sm.BlockSparse.random((8, 8), 0.5, block=2), sm.LowRank.random((8, 8), 2
         (lambda: sm.Pixelfly.from_dense(torch.ones(32, 32), LAYOUTS["empty"], 2, gamma=1), ValueError, "gamma"),
         (lambda: sm.Pixelfly.from_dense(torch.ones(32, 33), LAYOUTS["empty"], 2), ValueError, "layout must have"),
         (lambda: sm.Pixelfly.from_dense(torch.full((32, 32), torch.nan), LAYOUTS["empty"], 2), ValueError, "NaN"),
-        (lambda: sm.Pixelfly.random((32, 32), 0.5, 2), TypeError, "layout"),
+        (lambda: sm.Pixelfly.random((32, 32), 1.5, 2), ValueError, "density must be a number in"),
+        (lambda: sm.Pixelfly.random((32, 32), "flat", 2), ValueError, "density must be a number in"),
+        (lambda: sm.Pixelfly.from_dense(torch.ones(32, 32), 0, 2), ValueError, "density must be a number in"),
+        (lambda: sm.Pixelfly.from_dense(torch.ones(16, 16), 0.5, 2), ValueError, "block must be at most"),
         (lambda: sm.PixelflyConfig(ratio=0.01).resolve(1024, 1024), sm.BudgetError, "at least 32769"),
+        (
+            lambda: sm.PixelflyConfig(ratio=0.5).resolve(64, 64),
+            sm.BudgetError,
+            "2048 of them .* gamma; the budget is 2048",
+        ),
+        (lambda: sm.PixelflyConfig(pattern="banded"), ValueError, "pattern must be"),
+        (lambda: sm.PixelflyConfig(pattern="top_k"), ValueError, "needs a budget"),
+        (lambda: sm.PixelflyConfig(pattern="top_k", ratio=0.2).resolve(64, 64), sm.BudgetError, "at least 1025"),
         (lambda: sm.PixelflyConfig(max_stride=2, rank=2, ratio=0.5), ValueError, "not all"),
         (lambda: sm.PixelflyConfig(split="best"), ValueError, "split"),
         (lambda: sm.PixelflyConfig(max_stride=3).resolve(256, 256), ValueError, "power of two"),

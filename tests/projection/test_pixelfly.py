@@ -5,6 +5,7 @@ import torch
 
 from structmat import layouts
 from structmat.projection import project_pixelfly
+from structmat.projection.pixelfly import project_free_blocks
 
 F64 = torch.float64
 
@@ -64,6 +65,37 @@ def test_scales_and_degenerate_masks():
     left, right, lost = project_pixelfly(W, rows, (8, 8), 3)
     assert torch.isfinite(left @ right).all()
     assert lost < (W * ~rows.repeat_interleave(8, 0).repeat_interleave(8, 1)).norm()
+
+
+@pytest.mark.parametrize("scale", [0.3, 3.0, 300.0])
+@pytest.mark.parametrize("dtype", [F64, torch.complex128])
+def test_free_blocks_are_found(scale, dtype):
+    """Robust principal components: where the blocks are is not told."""
+    shape, block = (61, 90), (8, 6)  # blocks of the last row are cut
+    layout = layouts.random(shape, block, 12 / 120, seed=3)
+    L = draw(61, 3, dtype=dtype) @ draw(3, 90, seed=1, dtype=dtype)
+    S = scale * layout.entries() * draw(*shape, seed=2, dtype=dtype)
+    mask, left, right, lost = project_free_blocks(L + S, layout.nnz, block, 3)
+    assert torch.equal(mask, layout.mask)
+    assert (left @ right - L).norm() < 1e-10 * (L + S).norm()
+    assert lost < 1e-10 * (L + S).norm()
+
+
+@pytest.mark.parametrize("shape", [(48, 48), (33, 50), (1, 9), (3, 3)], ids=str)
+def test_free_blocks_are_never_above_blocks_or_rank_alone_nor_given_ones(shape):
+    W, block = draw(2, *shape), (min(4, shape[0]), min(5, shape[1]))
+    grid = -(-shape[0] // block[0]) * -(-shape[1] // block[1])
+    for count in {1, -(-grid // 4), grid}:
+        largest = layouts.top_k(W, block, count / grid)
+        for rank in {0, 1, min(shape)}:
+            mask, left, right, lost = project_free_blocks(W, count, block, rank)
+            assert mask.sum() == count
+            outside = ~layouts.Layout(mask, block, shape).entries()
+            torch.testing.assert_close(lost, ((W - left @ right) * outside).norm(dim=(-2, -1)), atol=1e-12, rtol=1e-9)
+            slack = 1e-12 * W.norm()
+            assert lost.norm() <= (W * ~largest.entries()).norm() + slack
+            assert lost.norm() <= torch.linalg.svdvals(W)[:, rank:].norm() + slack
+            assert lost.norm() <= project_pixelfly(W, largest.mask, block, rank, 0)[2].norm() + slack
 
 
 def test_errors():

@@ -192,6 +192,125 @@ def test_proportional_follows_the_cost_and_passes_on_what_is_left():
     assert list(plan) == ["1", "2"]
 
 
+# ---------------------------------------------------------------- the rule of Pixelated Butterfly
+def test_pixelfly_rule_divides_between_low_rank_and_stride():
+    net = model(256, 256, 512, 128)
+    plan = surgery.allocate(net, 0.4, structmat.PixelflyConfig(block=16), "pixelfly")
+    assert plan.params == plan.spent <= plan.budget == int(0.4 * dense_size(net)) and set(plan) == {"0", "1", "2"}
+    due = 0
+    for config, layer in zip(plan.values(), net, strict=True):
+        m, n = layer.weight.shape
+        due += 0.4 * m * n
+        assert config.rank % 16 == 0 and config.max_params is config.ratio is None
+        # No other multiple is nearer to a quarter to a third; the next stride, if there is one, would not have fitted.
+        outside = {r: max(0.25 - r * (m + n) / due, r * (m + n) / due - 1 / 3, 0) for r in range(16, 129, 16)}
+        assert outside[config.rank] == min(outside.values())
+        matrix = structmat.Pixelfly.random((m, n), **config.resolve(m, n))
+        due -= matrix.num_params
+        if 2 * config.max_stride <= min(m, n) // 16:
+            wider = structmat.layouts.flat_butterfly((m, n), 16, 2 * config.max_stride)
+            assert 0 <= due < wider.num_params - matrix.layout.num_params
+    report = surgery.compress_(net, plan)
+    assert report.params_after == plan.params
+    assert net[0].weight().layout == structmat.layouts.flat_butterfly((256, 256), 16, plan["0"].max_stride)
+
+
+def test_pixelfly_rule_takes_shares_by_cost_and_the_nearest_rank():
+    config = structmat.PixelflyConfig(block=32)
+    net = model(512, 512, 512)
+    more = surgery.allocate(net, 0.5, config, "pixelfly", weight=lambda name, _: 3.0 if name == "0" else 1.0)
+    first, second = (row.params_after for row in more.report.rows)
+    even, _ = (row.params_after for row in surgery.allocate(net, 0.5, config, "pixelfly").report.rows)
+    assert first > even > 0 and first > second and more.params <= more.budget
+    # 2 * 64 parameters a rank: a rank of 32 is all of a quarter of 64 x 64 budgets; the nearest that fits is taken.
+    small = surgery.allocate(model(64, 64), 0.8, structmat.PixelflyConfig(block=16), "pixelfly")
+    assert small["0"].rank == 16 and small["0"].max_stride == 1
+    with pytest.raises(structmat.BudgetError, match=r"diagonal blocks and a rank of 32; the budget is 1228"):
+        surgery.allocate(model(64, 64), 0.3, config, "pixelfly")
+    with pytest.raises(TypeError, match="needs a PixelflyConfig, got MonarchConfig for 0"):
+        surgery.allocate(net, 0.3, FAMILIES[0], "pixelfly")
+    for fixed in ({"max_stride": 2}, {"rank": 32}, {"pattern": "top_k", "ratio": 0.5}):
+        with pytest.raises(ValueError, match="must leave them"):
+            surgery.allocate(net, 0.3, structmat.PixelflyConfig(**fixed), "pixelfly")
+
+
+@settings(max_examples=40)
+@given(st.lists(st.integers(16, 150), min_size=2, max_size=4), st.sampled_from([4, 8, (8, 4)]), st.floats(0.45, 1))
+def test_pixelfly_rule_never_exceeds_the_budget(sizes, block, ratio):
+    net = model(*sizes)
+    try:
+        plan = surgery.allocate(net, ratio, structmat.PixelflyConfig(block=block), "pixelfly")
+    except structmat.BudgetError as error:
+        assert "the rule needs at least" in str(error)
+        return
+    assert plan.params <= plan.budget and plan.spent == plan.params
+    for name, config in plan.items():
+        m, n = net[int(name)].weight.shape
+        assert structmat.Pixelfly.random((m, n), **config.resolve(m, n), device="meta").num_params == next(
+            row.params_after for row in plan.report.rows if row.name == name
+        )
+
+
+# ---------------------------------------------------------------- what the error rule spends
+def flops(weight):
+    return 2.0 * weight.numel() if isinstance(weight, torch.Tensor) else float(weight.flops)
+
+
+@pytest.mark.parametrize("config", FAMILIES[:3], ids=lambda c: c.structure)
+def test_costs_in_place_of_parameters(config):
+    net = model(64, 64, 48, 64)
+    calls = []
+    plan = surgery.allocate(net, 0.6, config, "error", cost=lambda w: calls.append(w) or flops(w))
+    assert plan.unit == "cost" and plan.budget == pytest.approx(0.6 * 2 * dense_size(net))
+    assert plan.spent == pytest.approx(sum(row.flops_after for row in plan.report.rows))
+    assert plan.spent <= plan.budget * (1 + 1e-9) and plan.unused == plan.budget - plan.spent
+    assert len(calls) == len(plan.costs)  # one call for equal shapes and structures
+    assert "cost, " in str(plan) and f"budget: {plan.budget:.4g} cost" in str(plan)
+    again = surgery.allocate(net, 0.6, config, "error", cost=plan.costs)
+    assert again.configs == plan.configs and again.spent == plan.spent
+    report = surgery.compress_(net, plan)
+    assert sum(row.flops_after for row in report.compressed) <= plan.budget
+
+
+def test_the_choice_is_optimal_in_costs():
+    net, config = model(24, 24, 16, 30), structmat.LowRankConfig(ratio=1)
+    cost = lambda w: 7.0 if isinstance(w, torch.Tensor) else w.rank**1.5 / 3  # noqa: E731
+    plan = surgery.allocate(net, 0.5, config, "error", levels=60, cost=cost)
+    tables = []
+    for layer in net:
+        m, n = layer.weight.shape
+        tail = torch.linalg.svdvals(layer.weight.detach().double()).square().flip(0).cumsum(0).flip(0).tolist()
+        ranks = [r for r in range(1, min(m, n)) if r * (m + n) < m * n]
+        tables.append([(7.0, 0.0)] + [(r**1.5 / 3, tail[r]) for r in ranks])
+    best = min(
+        sum(e for _, e in choice) for choice in itertools.product(*tables) if sum(c for c, _ in choice) <= plan.budget
+    )
+    assert squared_error(net, plan) == pytest.approx(best, rel=1e-5)
+
+
+def test_a_structure_that_costs_more_than_dense_is_not_taken():
+    net = model(32, 32, 32)
+    plan = surgery.allocate(net, 1.0, FAMILIES[1], "error", cost=lambda w: 1.0 if isinstance(w, torch.Tensor) else 2.0)
+    assert not plan and plan.params == dense_size(net) and plan.spent == plan.budget == 2.0
+    with pytest.raises(structmat.BudgetError, match="need at least 2 cost, the budget is 1"):
+        surgery.allocate(net, 0.5, FAMILIES[1], "error", cost=lambda w: 1.0 if isinstance(w, torch.Tensor) else 2.0)
+
+
+def test_measured_time():
+    net = model(256, 256, 256)
+    try:
+        plan = surgery.allocate(net, 0.9, FAMILIES[1], "error", levels=2, cost="time", rows=64)
+    except structmat.BudgetError as error:  # of a machine on which no rank is faster
+        assert "seconds" in str(error)
+        return
+    assert plan.unit == "seconds" and 0 < plan.spent <= plan.budget < 1
+    assert "256x256 float32 dense" in plan.costs and all(0 < value < 1 for value in plan.costs.values())
+    again = [surgery.allocate(net, 0.9, FAMILIES[1], "error", levels=2, cost=plan.costs) for _ in range(2)]
+    assert again[0].configs == again[1].configs == plan.configs
+    with pytest.raises(ValueError, match="cost has no entry '256x256 float32 lowrank"):
+        surgery.allocate(net, 0.9, FAMILIES[1], "error", levels=5, cost=plan.costs)
+
+
 def test_a_function_as_rule():
     net = model(64, 64, 64)
     plan = surgery.allocate(net, 0.75, FAMILIES[1], lambda shapes, budget: {"1": budget - math.prod(shapes["0"])})
@@ -261,6 +380,16 @@ def test_errors_name_what_is_wrong():
         surgery.allocate(net, 0.5, config, weight=lambda *_: 1.0)
     with pytest.raises(ValueError, match=r"positive finite number, got -1.0 for 0"):
         surgery.allocate(net, 0.5, config, "error", weight=lambda *_: -1.0)
+    with pytest.raises(ValueError, match="cost is for the rule"):
+        surgery.allocate(net, 0.5, config, "equal", cost="time")
+    with pytest.raises(ValueError, match='cost must be "params", "time", a function'):
+        surgery.allocate(net, 0.5, config, "error", cost="memory")
+    with pytest.raises(ValueError, match=r"positive finite number, got 0\.0 for '16x16 float32 dense'"):
+        surgery.allocate(net, 0.5, config, "error", cost=lambda _: 0)
+    with pytest.raises(ValueError, match="rows must be at least 1"):
+        surgery.allocate(net, 0.5, config, "error", cost="time", rows=0)
+    with pytest.raises(ValueError, match="meta device"):
+        surgery.measure_seconds(torch.ones(2, 2, device="meta"))
     with pytest.raises(ValueError, match="must leave its size to allocate"):
         surgery.allocate(net, 0.5, structmat.MonarchConfig(rank=2))
     with pytest.raises(ValueError, match="levels must be at least 1"):

@@ -221,3 +221,15 @@ def test_the_compressed_model_trains():
         optimizer.step()
         losses.append(loss.item())
     assert losses[-1] < 0.9 * losses[0]
+
+
+def test_sizes_are_those_of_what_was_found():
+    """A search takes what suits the matrix, which random matrices of its config do not tell."""
+    torch.manual_seed(0)
+    config = structmat.PixelflyConfig(block=8, ratio=0.5)
+    model = nn.Sequential(nn.Linear(48, 64))
+    model[0].weight.data = torch.randn(64, 3) @ torch.randn(3, 48) + torch.randn(64, 48) / 100
+    report = surgery.compress_(model, config)
+    value = model[0].weight()
+    assert report.params_after == value.num_params <= 1536 and report.flops_after == value.flops
+    assert value.num_params != config.num_params(64, 48) <= 1536

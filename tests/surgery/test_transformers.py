@@ -6,12 +6,12 @@ import copy
 
 import pytest
 import torch
-from torch import nn
 
 import structmat
 from structmat import surgery
 
 transformers = pytest.importorskip("transformers")
+Conv1D = pytest.importorskip("transformers.pytorch_utils").Conv1D
 
 
 def gpt2(**kwargs):
@@ -53,7 +53,7 @@ def test_conv1d_of_gpt2(tokens):
         expected = densified_in_place(model, original)(tokens).logits
         torch.testing.assert_close(model(tokens).logits, expected, rtol=1e-5, atol=1e-5)
         surgery.densify_(model)
-        assert type(model.transformer.h[0].attn.c_attn) is nn.Linear
+        assert type(model.transformer.h[0].attn.c_attn) is Conv1D
         torch.testing.assert_close(model(tokens).logits, expected, rtol=1e-5, atol=1e-5)
 
 
@@ -63,6 +63,56 @@ def test_projection_of_conv1d_is_that_of_the_transposed_weight():
     surgery.compress_(model, {"*.c_fc": structmat.LowRankConfig(rank=4)})
     expected = structmat.project(weight.mT, structmat.LowRankConfig(rank=4)).matrix
     assert torch.equal(model.transformer.h[1].mlp.c_fc.weight.left, expected.left)
+
+
+@pytest.mark.parametrize("how", ["compressed", "replaced", "loaded", "copied"])
+def test_densify_gives_conv1d_back_for_transformers_to_save(tmp_path, tokens, how):
+    """attn.c_proj is square: an nn.Linear's weight would be loaded transposed, and nobody would be told."""
+    model = gpt2()
+    shapes = {name: t.shape for name, t in model.state_dict().items()}
+    config = {"transformer.h.*": structmat.PixelflyConfig(block=8, ratio=0.5)}
+    (surgery.replace_ if how == "replaced" else surgery.compress_)(model, config)
+    if how == "loaded":
+        surgery.save_file(model, tmp_path / "small.safetensors")
+        model = gpt2()
+        surgery.load_file(model, tmp_path / "small.safetensors")
+    model = copy.deepcopy(model) if how == "copied" else model
+    with torch.no_grad():
+        expected = model(tokens).logits
+        surgery.densify_(model)
+        assert {name: t.shape for name, t in model.state_dict().items()} == shapes
+        layer = model.transformer.h[1].attn.c_proj
+        assert type(layer) is Conv1D and (layer.nx, layer.nf) == (32, 32) and "Conv1D(nf=32, nx=32)" in repr(model)
+        assert not {"in_features", "matrix_batch", "conv1d"} & vars(layer).keys()
+        torch.testing.assert_close(model(tokens).logits, expected, rtol=1e-5, atol=1e-5)
+        model.save_pretrained(tmp_path / "dense")
+        again = transformers.GPT2LMHeadModel.from_pretrained(tmp_path / "dense").eval()
+        assert torch.equal(again(tokens).logits, model(tokens).logits)
+        # And on from there: what was a Conv1D is found again as one.
+        surgery.reproject_(again, 0.4, {"*.c_*": structmat.LowRankConfig(ratio=1)})
+        surgery.reproject_(again, 0.3, {"*.c_*": structmat.LowRankConfig(ratio=1)})
+        surgery.densify_(again)
+        assert {name: t.shape for name, t in again.state_dict().items()} == shapes
+
+
+def test_momentum_goes_on_in_a_conv1d(tokens):
+    model = gpt2(resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0).double()
+    surgery.replace_(model, {"*.c_proj": structmat.LowRankConfig(rank=4)})
+    factors = [p for name, p in model.named_parameters() if ".c_proj.weight." in name]
+    optimizer = torch.optim.SGD(factors, lr=1e-4, momentum=0.9)
+    for _ in range(2):
+        optimizer.zero_grad()
+        model(tokens, labels=tokens).loss.backward()
+        optimizer.step()
+    layer = model.transformer.h[0].mlp.c_proj
+    left, right = layer.weight.left, layer.weight.right
+    v, w = (optimizer.state[p]["momentum_buffer"] for p in (left, right))
+    expected = (v @ right + left @ w).detach().mT
+    with surgery.carry_optimizer(model, optimizer):
+        surgery.densify_(model)
+    weight = model.transformer.h[0].mlp.c_proj.weight
+    assert weight.shape == (128, 32) and optimizer.param_groups[0]["params"][1] is weight
+    torch.testing.assert_close(optimizer.state[weight]["momentum_buffer"], expected)
 
 
 @pytest.mark.parametrize("tied", [True, False])
