@@ -5,6 +5,20 @@ from structmat.matrices.block_sparse import BlockSparse
 from structmat.matrices.butterfly import Butterfly
 from structmat.matrices.dense import Dense
 from structmat.matrices.diagonal import Diagonal
+from structmat.matrices.displacement import (
+    LDR,
+    Cauchy,
+    CauchyLike,
+    CausalToeplitz,
+    Circulant,
+    Hankel,
+    HankelLike,
+    Shift,
+    Toeplitz,
+    ToeplitzLike,
+    Vandermonde,
+    VandermondeLike,
+)
 from structmat.matrices.kaleidoscope import Kaleidoscope
 from structmat.matrices.kronecker_sparse import KroneckerSparse
 from structmat.matrices.low_rank import LowRank
@@ -14,11 +28,18 @@ from structmat.matrices.permutation import Permutation
 from structmat.matrices.pixelfly import Pixelfly
 
 __all__ = [
+    "LDR",
     "BlockDiagonal",
     "BlockSparse",
     "Butterfly",
+    "Cauchy",
+    "CauchyLike",
+    "CausalToeplitz",
+    "Circulant",
     "Dense",
     "Diagonal",
+    "Hankel",
+    "HankelLike",
     "Kaleidoscope",
     "KroneckerSparse",
     "LowRank",
@@ -26,4 +47,9 @@ __all__ = [
     "OrthogonalButterfly",
     "Permutation",
     "Pixelfly",
+    "Shift",
+    "Toeplitz",
+    "ToeplitzLike",
+    "Vandermonde",
+    "VandermondeLike",
 ]

@@ -15,8 +15,12 @@ from structmat.matrices import (
     BlockDiagonal,
     BlockSparse,
     Butterfly,
+    Cauchy,
+    CausalToeplitz,
+    Circulant,
     Dense,
     Diagonal,
+    Hankel,
     Kaleidoscope,
     KroneckerSparse,
     LowRank,
@@ -24,7 +28,11 @@ from structmat.matrices import (
     OrthogonalButterfly,
     Permutation,
     Pixelfly,
+    Toeplitz,
+    Vandermonde,
 )
+from structmat.matrices.displacement import LDR, Shift
+from structmat.testing.displacement import dense_ldr, dense_shift
 
 
 def dense_by_definition(A: StructuredMatrix) -> Tensor:
@@ -49,6 +57,10 @@ def dense_by_definition(A: StructuredMatrix) -> Tensor:
     if isinstance(A, Pixelfly):
         gamma = A.gamma[..., None, None]
         return gamma * dense_by_definition(A.block_sparse) + (1 - gamma) * dense_by_definition(A.low_rank)
+    if isinstance(A, Shift):
+        return dense_shift(A)
+    if isinstance(A, LDR):
+        return dense_ldr(A)
     if isinstance(A, Transposed):
         return dense_by_definition(A.base).mT
     if isinstance(A, Scaled):
@@ -128,6 +140,38 @@ def _monarch(out: Tensor, A: Any, left: Tensor, right: Tensor) -> None:
     out.copy_((second @ first)[: out.shape[0], : out.shape[1]])
 
 
+def _toeplitz(out: Tensor, A: Any, diagonals: Tensor) -> None:
+    for i, j in itertools.product(range(out.shape[0]), range(out.shape[1])):
+        out[i, j] = diagonals[out.shape[1] - 1 + i - j]
+
+
+def _causal_toeplitz(out: Tensor, A: Any, column: Tensor) -> None:
+    for i in range(len(column)):
+        for j in range(i + 1):
+            out[(j, i) if A.upper else (i, j)] = column[i - j]
+
+
+def _hankel(out: Tensor, A: Any, entries: Tensor) -> None:
+    for i, j in itertools.product(range(out.shape[0]), range(out.shape[1])):
+        out[i, j] = entries[i + j]
+
+
+def _circulant(out: Tensor, A: Any, column: Tensor) -> None:
+    for k, j in itertools.product(range(len(column)), repeat=2):  # the first column, moved down j times
+        out[(k + j) % len(column), j] = column[k] if k + j < len(column) else A.f * column[k]
+
+
+def _vandermonde(out: Tensor, A: Any, nodes: Tensor) -> None:
+    out[:, 0] = 1
+    for j in range(1, out.shape[1]):
+        out[:, j] = out[:, j - 1] * nodes
+
+
+def _cauchy(out: Tensor, A: Any, s: Tensor, t: Tensor) -> None:
+    for i, j in itertools.product(range(len(s)), range(len(t))):
+        out[i, j] = 1 / (s[i] - t[j])
+
+
 _ENTRIES = {
     Dense: _dense,
     Diagonal: _diagonal,
@@ -137,6 +181,12 @@ _ENTRIES = {
     BlockSparse: _block_sparse,
     KroneckerSparse: _kronecker_sparse,
     Monarch: _monarch,
+    Toeplitz: _toeplitz,
+    CausalToeplitz: _causal_toeplitz,
+    Hankel: _hankel,
+    Circulant: _circulant,
+    Vandermonde: _vandermonde,
+    Cauchy: _cauchy,
 }
 # How many dimensions of each factor are not batch.
 _RANKS = {
@@ -148,4 +198,10 @@ _RANKS = {
     BlockSparse: (3, 1),
     KroneckerSparse: (4,),
     Monarch: (3, 3),
+    Toeplitz: (1,),
+    CausalToeplitz: (1,),
+    Hankel: (1,),
+    Circulant: (1,),
+    Vandermonde: (1,),
+    Cauchy: (1, 1),
 }

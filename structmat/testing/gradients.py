@@ -53,6 +53,8 @@ def check_vmap(entry: Entry, device: Any = "cpu") -> None:
     assert_close(torch.vmap(A.linear)(xs), torch.stack([x @ D.mT for x in xs]), what="vmap over x")
     last = torch.vmap(A.linear, in_dims=-1, out_dims=-1)(xs.movedim(0, -1).contiguous())
     assert_close(last.movedim(-1, 0), torch.stack([x @ D.mT for x in xs]), what="vmap over the last dimension")
+    if not pytree.tree_leaves(A):
+        return  # a shift has no tensors to stack
     both = pytree.tree_map(lambda a, b: torch.stack([a, b]), A, B)
     expected = torch.stack([xs[0] @ D.mT, xs[1] @ E.mT])
     assert_close(torch.vmap(lambda M, x: M.linear(x))(both, xs), expected, what="vmap over matrices and x")

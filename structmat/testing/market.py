@@ -17,8 +17,12 @@ from structmat.matrices import (
     BlockDiagonal,
     BlockSparse,
     Butterfly,
+    Cauchy,
+    CausalToeplitz,
+    Circulant,
     Dense,
     Diagonal,
+    Hankel,
     Kaleidoscope,
     KroneckerSparse,
     LowRank,
@@ -26,7 +30,10 @@ from structmat.matrices import (
     OrthogonalButterfly,
     Permutation,
     Pixelfly,
+    Toeplitz,
+    Vandermonde,
 )
+from structmat.testing import displacement
 from structmat.testing.definitions import dense_by_definition
 from structmat.testing.entry import Entry
 from structmat.transforms import Selection, dct, haar
@@ -75,6 +82,28 @@ def _invertible_butterfly(*patterns: tuple[int, int, int, int], batch: tuple[int
 def _invertible_dense(*shape: int) -> Make:
     weight = _near_identity(*shape)
     return lambda dtype, device: Dense(weight(dtype, device))
+
+
+def _dominant(cls: Any, shape: tuple[int, ...], *structure: Any) -> Make:
+    """Of a first column that begins with a number larger than the others together."""
+
+    def make(dtype: torch.dtype, device: Any) -> StructuredMatrix:
+        column = torch.rand(shape, dtype=dtype) / (2 * shape[-1])
+        column[..., 0] += 1
+        return cls(column.to(device), *structure)
+
+    return make
+
+
+def _vandermonde(m: int, n: int, batch: tuple[int, ...] = ()) -> Make:
+    """Nodes evenly spread in [-1, 1] or on the unit circle, and moved a little."""
+
+    def make(dtype: torch.dtype, device: Any) -> StructuredMatrix:
+        spread = torch.arange(m, dtype=torch.float64) + 0.4 * torch.rand(*batch, m, dtype=torch.float64) - 0.2
+        circle = torch.polar(torch.ones_like(spread), 2 * torch.pi * spread / m)
+        return Vandermonde((circle if dtype.is_complex else 2 * (spread + 0.5) / m - 1).to(device), n).to(dtype)
+
+    return make
 
 
 def _kaleidoscope_sum(dtype: torch.dtype, device: Any) -> StructuredMatrix:
@@ -171,6 +200,41 @@ def _entries() -> Iterator[tuple[str, Make, bool]]:
     yield "orthogonalbutterfly-rows", _random(OrthogonalButterfly, (5, 12)), False
     yield "orthogonalbutterfly-columns", _random(OrthogonalButterfly, (7, 3)), False
     yield "orthogonalbutterfly-batch", _random(OrthogonalButterfly, (2, 4, 4)), True
+    yield "toeplitz", _random(Toeplitz, (8, 8)), False
+    yield "toeplitz-rectangular", _random(Toeplitz, (6, 10)), False
+    yield "toeplitz-prime", _random(Toeplitz, (13, 7)), False
+    yield "toeplitz-row", _random(Toeplitz, (1, 5)), False
+    yield "toeplitz-column", _random(Toeplitz, (5, 1)), False
+    yield "toeplitz-batch", _random(Toeplitz, (2, 3, 4, 6)), False
+    yield "causaltoeplitz", _dominant(CausalToeplitz, (9,)), True
+    yield "causaltoeplitz-upper", _dominant(CausalToeplitz, (8,), True), True
+    yield "causaltoeplitz-one", _dominant(CausalToeplitz, (1,)), True
+    yield "causaltoeplitz-batch", _dominant(CausalToeplitz, (2, 3, 5)), True
+    yield "hankel", _random(Hankel, (7, 7)), False
+    yield "hankel-rectangular", _random(Hankel, (5, 9)), False
+    yield "hankel-row", _random(Hankel, (1, 5)), False
+    yield "hankel-column", _random(Hankel, (5, 1)), False
+    yield "hankel-batch", _random(Hankel, (2, 3, 6, 4)), False
+    yield "circulant", _dominant(Circulant, (8,)), True
+    yield "circulant-prime", _dominant(Circulant, (7,)), True
+    yield "circulant-skew", _dominant(Circulant, (9,), -1), True
+    yield "circulant-skew-even", _dominant(Circulant, (6,), -1), True
+    yield "circulant-one", _dominant(Circulant, (1,)), True
+    yield "circulant-batch", _dominant(Circulant, (2, 3, 5)), True
+    yield "vandermonde", _vandermonde(5, 5), True
+    yield "vandermonde-tall", _vandermonde(7, 4), False
+    yield "vandermonde-wide", _vandermonde(3, 6), False
+    yield "vandermonde-row", _vandermonde(1, 5), False
+    yield "vandermonde-column", _vandermonde(5, 1), False
+    yield "vandermonde-batch", _vandermonde(3, 3, (2, 2)), True
+    yield "cauchy", _random(Cauchy, (8, 8)), True
+    yield "cauchy-rectangular", _random(Cauchy, (6, 9)), False
+    yield "cauchy-prime", _random(Cauchy, (7, 5)), False
+    yield "cauchy-one", _random(Cauchy, (1, 1)), True
+    yield "cauchy-row", _random(Cauchy, (1, 5)), False
+    yield "cauchy-column", _random(Cauchy, (5, 1)), False
+    yield "cauchy-batch", _random(Cauchy, (2, 3, 4, 4)), True
+    yield from displacement.entries()
     monarch, square = _random(Monarch, (6, 10), nblocks=2), _invertible_monarch(3, 4, 2, 6)
     yield "transposed", _wrap(Transposed, monarch), False
     yield "transposed-square", _wrap(Transposed, square), True

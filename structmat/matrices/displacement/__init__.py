@@ -1,0 +1,27 @@
+"""Matrices of displacement structure."""
+
+from structmat.matrices.displacement.cauchy import Cauchy
+from structmat.matrices.displacement.causal_toeplitz import CausalToeplitz
+from structmat.matrices.displacement.circulant import Circulant
+from structmat.matrices.displacement.hankel import Hankel
+from structmat.matrices.displacement.ldr import LDR
+from structmat.matrices.displacement.likes import CauchyLike, HankelLike, ToeplitzLike, VandermondeLike
+from structmat.matrices.displacement.operators import Shift
+from structmat.matrices.displacement.toeplitz import Toeplitz
+from structmat.matrices.displacement.vandermonde import ConditioningWarning, Vandermonde
+
+__all__ = [
+    "LDR",
+    "Cauchy",
+    "CauchyLike",
+    "CausalToeplitz",
+    "Circulant",
+    "ConditioningWarning",
+    "Hankel",
+    "HankelLike",
+    "Shift",
+    "Toeplitz",
+    "ToeplitzLike",
+    "Vandermonde",
+    "VandermondeLike",
+]

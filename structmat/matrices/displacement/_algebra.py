@@ -1,0 +1,255 @@
+"""The algebra of displacement: which class a pair of operators has, and the ranks of sums and products."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from structmat._checks import check_int, check_tensor
+from structmat.base import StructuredMatrix
+from structmat.matrices.diagonal import Diagonal
+from structmat.matrices.displacement._convolution import values_visible
+from structmat.matrices.displacement.operators import Shift, check_number
+from structmat.matrices.low_rank import LowRank
+
+
+# -------------------------------------------------------------------- operators
+def dtype_for(like: Tensor, *corners: float | complex) -> torch.dtype:
+    """The dtype of a tensor, once it is sure that these corners fit it."""
+    for corner in corners:
+        if isinstance(corner, complex) and corner.imag and not like.is_complex():
+            raise TypeError(f"a shift with corner {corner} needs complex generators, got {like.dtype}")
+    return like.dtype
+
+
+def shifts(G: Any, H: Any, e: float | complex | None, f: float | complex | None) -> tuple[Shift, Shift]:
+    """Z_e and Z_f for generators, with the corners that are not given."""
+    for name, value in (("left", G), ("right", H)):
+        check_tensor(name, value, 2)
+    m, n = G.shape[-2], H.shape[-2]
+    if e is None:
+        e = 1.0 if f is None else -check_number("f", f) or 1.0
+        if f is None and meet(1.0, m, -1.0, n):
+            e = -1.0
+    if f is None:
+        f = -check_number("e", e) or 1.0
+    dtype = dtype_for(G, e, f)
+    return Shift(m, e, dtype=dtype), Shift(n, f, dtype=dtype)
+
+
+def meet(e: float | complex, m: int, f: float | complex, n: int) -> bool:
+    """Whether Z_e of size m and Z_f of size n have a common eigenvalue: z^m = e and z^n = f."""
+    g = math.gcd(m, n)
+    if e == 0 or f == 0:
+        return e == f
+    # By logarithms, since powers overflow: the lengths of both sides and their angles must agree.
+    left, right = complex(e), complex(f)
+    a, b = n // g, m // g
+    lengths = a * math.log(abs(left)) - b * math.log(abs(right))
+    turns = (a * math.atan2(left.imag, left.real) - b * math.atan2(right.imag, right.real)) / (2 * math.pi)
+    small = 1e-13 * (a + b)
+    return abs(lengths) <= small and abs(turns - round(turns)) <= small
+
+
+def check_disjoint(A: Shift | Diagonal, B: Shift | Diagonal) -> None:
+    """Raise if A and B have a common eigenvalue, where that is known without waiting."""
+    if isinstance(A, Shift) and isinstance(B, Shift):
+        if meet(A.f, A.n, B.f, B.n):
+            raise ValueError(
+                f"the shifts of sizes {A.n} and {B.n} with corners {A.f} and {B.f} have a common eigenvalue: the "
+                f"matrix is not determined; corners e and f need e^({B.n}/g) != f^({A.n}/g), g = {math.gcd(A.n, B.n)}"
+            )
+        return
+    if not all(values_visible(o.diag) for o in (A, B) if isinstance(o, Diagonal)):
+        return
+    if isinstance(A, Diagonal) and isinstance(B, Diagonal):
+        s, t = (o.diag.flatten(0, -2) if o.diag.ndim > 1 else o.diag.unsqueeze(0) for o in (A, B))
+        for one, two in zip(s.expand(max(len(s), len(t)), -1), t.expand(max(len(s), len(t)), -1), strict=True):
+            if len(_distinct(torch.cat([one, two]))) < len(_distinct(one)) + len(_distinct(two)):
+                raise ValueError("the diagonals A and B must not have a number in common: s_i - t_j divides")
+        return
+    nodes, shift = (A, B) if isinstance(A, Diagonal) else (B, A)
+    assert isinstance(nodes, Diagonal)
+    assert isinstance(shift, Shift)
+    if bool((nodes.diag.pow(shift.n) == shift.f).any()):
+        raise ValueError(f"no node may be an eigenvalue of the shift: v^{shift.n} = {shift.f} for some of the nodes")
+
+
+def _distinct(values: Tensor) -> Tensor:
+    return torch.view_as_real(values.resolve_conj()).unique(dim=0) if values.is_complex() else values.unique()
+
+
+def _ldr() -> Any:
+    from structmat.matrices.displacement.ldr import LDR
+
+    return LDR
+
+
+def same(A: StructuredMatrix, B: StructuredMatrix) -> bool:
+    """Whether two operators are known to be equal: shifts by their corners, diagonals by their values on the CPU."""
+    if isinstance(A, Shift) and isinstance(B, Shift):
+        return (A.n, A.f, A.up) == (B.n, B.f, B.up)
+    if not (isinstance(A, Diagonal) and isinstance(B, Diagonal)):
+        return False
+    if A.diag is B.diag:
+        return True
+    return values_visible(A.diag) and values_visible(B.diag) and torch.equal(A.diag, B.diag)
+
+
+def class_for(base: Any, A: StructuredMatrix, B: StructuredMatrix) -> Any:
+    """The class of matrices with these operators."""
+    from structmat.matrices.displacement import likes
+
+    if isinstance(A, Shift) and isinstance(B, Shift):
+        return likes.ToeplitzLike if A.up == B.up else likes.HankelLike
+    if isinstance(A, Diagonal):
+        return likes.VandermondeLike if isinstance(B, Shift) else likes.CauchyLike
+    return base
+
+
+# -------------------------------------------------------------------- generators
+def join(*parts: Tensor) -> Tensor:
+    """Generators side by side; batches broadcast."""
+    batch = torch.broadcast_shapes(*(p.shape[:-2] for p in parts))
+    return torch.cat([p.expand(*batch, *p.shape[-2:]) for p in parts], -1)
+
+
+def _unit(like: Tensor, size: int, index: int) -> Tensor:
+    """The unit vector as a column (size, 1)."""
+    i = torch.arange(size, device=like.device)
+    return (i == index % size).to(like.dtype).unsqueeze(-1)
+
+
+def _row(M: Any, index: int) -> Tensor:
+    """A row of M as a column (*batch, n, 1)."""
+    return M.mT._linear(_unit(M.left, M.shape[-2], index).mT).mT
+
+
+def _column(M: Any, index: int) -> Tensor:
+    return M._linear(_unit(M.right, M.shape[-1], index).mT).mT
+
+
+def with_shifts(M: Any, e: Any, f: Any) -> Any:
+    """See :meth:`LDR.with_shifts`."""
+    A, B, G, H = M.A, M.B, M.left, M.right
+    m, n = M.shape[-2:]
+    for name, operator, corner in (("e", A, e), ("f", B, f)):
+        if corner is not None and not isinstance(operator, Shift):
+            raise ValueError(f"{name} is the corner of a shift, but that operator is a {type(operator).__name__}")
+    e, f = (None if c is None else check_number(name, c) for name, c in (("e", e), ("f", f)))
+    if e is not None and e != A.f:
+        # Z_e' = Z_e + (e' - e) times one unit matrix, which takes one row of M to another place.
+        to, place = (m - 1, 0) if A.up else (0, m - 1)
+        G, H = join(G, (e - A.f) * _unit(G, m, to)), join(H, _row(M, place))
+        A = A._rebuild((), (m, e, A.up, A.dtype, A.place))
+    if f is not None and f != B.f:
+        place, to = (n - 1, 0) if B.up else (0, n - 1)
+        G, H = join(G, (B.f - f) * _column(M, place)), join(H, _unit(H, n, to))
+        B = B._rebuild((), (n, f, B.up, B.dtype, B.place))
+    dtype_for(G, *(o.f for o in (A, B) if isinstance(o, Shift)))
+    check_disjoint(A, B)
+    return M._make(A, B, G, H)
+
+
+def turned(M: Any) -> Any:
+    """The same matrix with the inverses of its shifts for operators: ``A^-1 M - M B^-1 = -A^-1 G (B^-T H)^T``."""
+    A, B = M.A.inverse(), M.B.inverse()
+    return M._make(A, B, -A._linear(M.left.mT).mT, B.mT._linear(M.right.mT).mT)
+
+
+def add(M: Any, other: Any) -> StructuredMatrix | None:
+    """The sum with another matrix of low displacement rank, or of low rank."""
+    if isinstance(other, LowRank):  # A U V - U V B = (A U) V - U (V B)
+        U, V = other.left, other.right
+        left, right = join(M.A._linear(U.mT).mT, -U), join(V.mT, M.B.mT._linear(V).mT)
+        return M._make(M.A, M.B, join(M.left, left), join(M.right, right))
+    if not isinstance(other, _ldr()):
+        return None
+    if not same(M.A, other.A) or not same(M.B, other.B):
+        other = _agree(other, M)
+    if other is None:
+        return None
+    return M._make(M.A, M.B, join(M.left, other.left), join(M.right, other.right))
+
+
+def _agree(other: Any, M: Any) -> Any:
+    """``other`` with M's operators, or None."""
+    pairs = ((other.A, M.A), (other.B, M.B))
+    if not all(isinstance(a, Shift) == isinstance(b, Shift) for a, b in pairs):
+        return None
+    if not all(isinstance(a, Shift) or same(a, b) for a, b in pairs):
+        return None
+    turns = [a.up != b.up for a, b in pairs if isinstance(a, Shift)]
+    if all(turns) and len(turns) == 2 and other.A.f and other.B.f:
+        other = turned(other)
+    elif any(turns):
+        return None
+    new = [b.f if isinstance(b, Shift) else None for b in (M.A, M.B)]
+    return with_shifts(other, *new)
+
+
+def compose(M: Any, N: StructuredMatrix) -> StructuredMatrix | None:
+    """``M N``: ``A M N - M N C = G_M (N^T H_M)^T + M (B - B') N + (M G_N) H_N^T``, if the operators fit."""
+    if not isinstance(N, _ldr()):
+        return None
+    other: Any = N
+    if isinstance(M.B, Shift) and isinstance(other.A, Shift):
+        if M.B.up != other.A.up:
+            if isinstance(other.B, Shift) and other.A.f and other.B.f:
+                other = turned(other)
+            elif isinstance(M.A, Shift) and M.A.f and M.B.f:
+                M = turned(M)
+            else:
+                return None
+    elif not same(M.B, other.A):
+        return None
+    A, C = M.A, other.B
+    lefts, rights = [M.left, M._linear(other.left.mT).mT], [other.mT._linear(M.right.mT).mT, other.right]
+    if isinstance(M.B, Shift) and M.B.f != other.A.f:
+        n = M.B.n
+        column, row = (n - 1, 0) if M.B.up else (0, n - 1)
+        lefts.append((M.B.f - other.A.f) * _column(M, column))
+        rights.append(_row(other, row))
+    if isinstance(A, Shift) and isinstance(C, Shift) and meet(A.f, A.n, C.f, C.n):
+        # A and C would not determine the product: P (C - C') is one of its columns, at another place.
+        n, f = C.n, _free_corner(A, C.n)
+        column, to = (n - 1, 0) if C.up else (0, n - 1)
+        lefts.append((C.f - f) * M._linear(_column(other, column).mT).mT)
+        rights.append(_unit(other.right, n, to))
+        C = C._rebuild((), (n, f, C.up, C.dtype, C.place))
+    elif isinstance(A, Diagonal) and isinstance(C, Diagonal) and same(A, C):
+        return None  # the diagonal of the product is not determined
+    return M._make(A, C, join(*lefts), join(*rights))
+
+
+def _free_corner(A: Shift, n: int) -> float | complex:
+    """A corner for size n that does not meet A."""
+    size = abs(A.f) ** (n / A.n) if A.f else 1.0
+    candidates = [-size, size, 2 * size]
+    return next(c for c in candidates if not meet(A.f, A.n, c, n))
+
+
+def compress(M: Any, tol: float | None, rank: int | None) -> Any:
+    """See :meth:`LDR.compress`."""
+    r = M.displacement_rank
+    if tol is not None and rank is not None:
+        raise ValueError("give tol or rank, not both")
+    if tol is not None and tol < 0:
+        raise ValueError(f"tol must not be negative, got {tol}")
+    if rank is not None and check_int("rank", rank) > r:
+        raise ValueError(f"rank must be at most the number of columns {r}, got {rank}")
+    wide = torch.promote_types(M.dtype, torch.float32)
+    (qg, rg), (qh, rh) = (torch.linalg.qr(t.to(wide)) for t in (M.left, M.right))
+    u, s, vh = torch.linalg.svd(rg @ rh.mT)
+    if rank is None:
+        limit = max(M.left.shape[-2:]) * torch.finfo(M.dtype).eps if tol is None else tol
+        kept = (s > limit * s[..., :1]).sum(-1)
+        rank = max(1, int(kept.max())) if kept.numel() else 1
+    rank = min(rank, s.shape[-1])
+    root = s[..., :rank].sqrt().unsqueeze(-2)
+    # G H^T = qg u s vh qh^T, without conjugates.
+    G, H = (qg @ u[..., :rank]) * root, (qh @ vh.mT[..., :rank]) * root
+    return M._make(M.A, M.B, G.to(M.dtype), H.to(M.dtype))
