@@ -50,6 +50,7 @@ class Timed:
     calls: int
     timer: str
     once_us: float  # an estimate
+    call: object = None  # kept alive: a graph knows addresses only, and other captures give freed memory back
 
 
 def prepare(call: Callable[[int], object], sets: int, device: torch.device) -> Timed:
@@ -71,7 +72,7 @@ def prepare(call: Callable[[int], object], sets: int, device: torch.device) -> T
         calls = min(max(sets, math.ceil(GRAPH_US / once)), max(sets, MOST_CALLS))
         if calls > sets:
             graph = _capture(call, sets, calls)
-        return Timed(graph.replay, calls, "graph", once)
+        return Timed(graph.replay, calls, "graph", once, call)
     except Exception as error:  # operations that synchronise, or that refuse to be captured
         torch.cuda.synchronize(device)  # raises where the device is lost
         once = _estimate(lambda: call(0))

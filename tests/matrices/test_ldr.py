@@ -237,7 +237,8 @@ def test_float32_is_solved_to_the_accuracy_of_its_entries():
 
 @pytest.mark.parametrize("name", ["toeplitz", "hankel", "vandermonde", "cauchy", "nilpotent"])
 def test_gradients_of_solutions_inverses_and_determinants(name):
-    M = MEMBERS[name](5)
+    members = (MEMBERS[name](seed) for seed in range(100))
+    M = next(m for m in members if torch.linalg.cond(m.to_dense()) < 30)  # finite differences lose what it loses
     b = draw(6, 2, dtype=torch.float64)
 
     def rebuilt(left, right):

@@ -13,6 +13,7 @@ Olshevsky 1994, "Complexity of multiplication with vectors for structured matric
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
@@ -128,28 +129,43 @@ def _kernel(nodes: Tensor, n: int, f: float | complex) -> tuple[Tensor, Tensor]:
     return baby, giant * scale.unsqueeze(-1)
 
 
-def _pieces(x: Tensor, c: int) -> Tensor:
-    """The last dimension in pieces of c with zeros at the end: (*batch, pieces, c)."""
-    return torch.nn.functional.pad(x, (0, -x.shape[-1] % c)).unflatten(-1, (-1, c))
+def _scaled_powers(nodes: Tensor, G: Tensor, n: int, f: float | complex) -> Iterator[tuple[int, int, Tensor]]:
+    """``G[i, j] v_i^k / (v_i^n - f)``, (*batch, m, r, end - start), for k from a start to an end."""
+    baby, giant = _kernel(nodes, n, f)
+    (m, c), r = baby.shape[-2:], G.shape[-1]
+    entries = m * r * c * math.prod(torch.broadcast_shapes(nodes.shape[:-1], G.shape[:-2]))
+    step = max(1, PIECE // max(1, entries))
+    for q in range(0, giant.shape[-1], step):
+        powers = (giant[..., q : q + step].unsqueeze(-1) * baby.unsqueeze(-2)).flatten(-2)
+        start, end = q * c, min(n, (q + step) * c)
+        yield start, end, G.unsqueeze(-1) * powers[..., : end - start].unsqueeze(-2)
 
 
 def diagonal_shift(x: Tensor, nodes: Tensor, G: Tensor, H: Tensor, f: float | complex) -> Tensor:
     """A = diag(nodes), B = Z_f: ``M = diag(1/(v^n - f)) sum_j diag(g_j) V(v) Z_f(J h_j)``, 2 r m n operations."""
     n = H.shape[-2]
-    baby, giant = _kernel(nodes, n, f)
-    u = _pieces(krylov_coefficients(x, H, f, n), baby.shape[-1])  # (*batch, tokens, r, q, c)
-    return torch.einsum("...trqc,...mc,...mq,...mr->...tm", u, baby, giant, G)
+    u = krylov_coefficients(x, H, f, n)  # (*batch, tokens, r, n)
+    parts = [
+        u[..., start:end].flatten(-2) @ powers.flatten(-2).mT for start, end, powers in _scaled_powers(nodes, G, n, f)
+    ]
+    return _total(parts)
 
 
 def shift_diagonal(x: Tensor, nodes: Tensor, G: Tensor, H: Tensor, e: float | complex) -> Tensor:
-    """A = Z_e, B = diag(nodes): the transpose of :func:`diagonal_shift` with operators (diag(nodes), Z_e^T).
+    """A = Z_e, B = diag(nodes): ``M = -sum_j Z_e(g_j) J V(v)^T diag(h_j / (v^m - e))``."""
+    m, r = G.shape[-2:]
+    parts = [
+        (x @ powers.flatten(-2)).unflatten(-1, (r, end - start))
+        for start, end, powers in _scaled_powers(nodes, H, m, e)
+    ]
+    return -f_circulant_sum(torch.cat(parts, -1).flip(-1), G.mT, e, add=True)
 
-    ``M = -sum_j Z_e^(m-1-k) g_j h_j^T B^k (e - B^m)^-1``: krylov sums of x, then e-circulants.
-    """
-    m = G.shape[-2]
-    baby, giant = _kernel(nodes, m, e)  # v^k / (v^m - e)
-    u = torch.einsum("...tn,...nr,...nq,...nc->...trqc", x, H, giant, baby).flatten(-2)[..., :m]
-    return -f_circulant_sum(u.flip(-1), G.mT, e, add=True)
+
+def _total(parts: list[Tensor]) -> Tensor:
+    total = parts[0]
+    for part in parts[1:]:
+        total = total + part
+    return total
 
 
 def diagonal_diagonal(x: Tensor, s: Tensor, t: Tensor, G: Tensor, H: Tensor) -> Tensor:
