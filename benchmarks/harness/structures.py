@@ -103,13 +103,13 @@ def _pixelfly(m: int, n: int, ratio: float) -> Config:
 
 @functools.cache
 def _butterfly(m: int, n: int, ratio: float) -> Config:
-    """Butterflies of three factors of about an eighth of the parameters: one, or the sum of two or four.
+    """Butterflies of three factors, one or the sum of two or four, with at least 0.9 of the budget if there are any.
 
-    Their radices are those with most parameters within the budget; of equals, those whose largest block is smallest.
+    Of these the ones that read and write least: the widths between their factors, times the terms. Then those with most
+    parameters. If there are none, those with most parameters.
     """
-    terms = max(1, round(8 * ratio))
-    budget = int(ratio * m * n) // terms
-    found: list[tuple[int, int, tuple[tuple[int, int], ...]]] = []
+    budget = int(ratio * m * n)
+    found: list[tuple[int, int, int, tuple[tuple[int, int], ...]]] = []
     smallest = m * n
     for rows, columns in itertools.product(_ordered(m, 3), _ordered(n, 3)):
         radices = tuple(zip(rows, columns, strict=True))
@@ -117,14 +117,18 @@ def _butterfly(m: int, n: int, ratio: float) -> Config:
             continue
         size = Chain.mixed_radix(radices).num_params
         smallest = min(smallest, size)
-        if size <= budget:
-            found.append((-size, max(a * b for a, b in radices), radices))
+        widths = m + rows[1] * rows[2] * columns[0] + rows[2] * columns[0] * columns[1] + n
+        for terms in (1, 2, 4):
+            if size * terms <= budget:
+                found.append((terms * widths, -size * terms, terms, radices))
     if not found:
         raise BudgetError(
-            f"butterflies of three factors need at least {terms * smallest} parameters for a {m} x {n} matrix, the "
-            f"budget is {int(ratio * m * n)}"
+            f"butterflies of three factors need at least {smallest} parameters for a {m} x {n} matrix, the budget is "
+            f"{budget}"
         )
-    return ButterflyConfig(radices=min(found)[2], terms=terms)
+    full = [f for f in found if -f[1] >= 0.9 * budget]
+    _, _, terms, radices = min(full) if full else min(found, key=lambda f: f[1:])
+    return ButterflyConfig(radices=radices, terms=terms)
 
 
 def _ordered(n: int, count: int) -> Iterator[tuple[int, ...]]:
