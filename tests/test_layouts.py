@@ -132,6 +132,17 @@ def test_random_and_top_k_have_the_asked_number():
     assert tiny == layout
 
 
+@pytest.mark.parametrize("name", NAMED)
+def test_the_default_device_changes_nothing(name):
+    expected = NAMED[name]((24, 40), 4)
+    with torch.device("meta"):
+        layout = NAMED[name]((24, 40), 4)
+        tables = layout.tables()
+        again = BlockSparse(torch.empty(layout.nnz, 4, 4, device="cpu"), layout).layout
+    assert layout == expected and again == expected
+    assert torch.equal(tables.table, expected.tables().table)
+
+
 def test_kron_is_the_support_of_the_kronecker_product():
     a = layouts.dilated((6, 4), (1, 1), 1, 2)
     b = layouts.banded((8, 12), (2, 3), 0)

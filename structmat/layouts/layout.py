@@ -112,7 +112,8 @@ class Layout:
 
     def tables(self) -> BlockLayout:
         """The index tables that the kernels read, in both orders."""
-        return BlockLayout.from_mask(self.mask, self.block, shape=self.shape, coarsening=self.coarsening)
+        with torch.device("cpu"):  # not on torch's default device, where the mask is not
+            return BlockLayout.from_mask(self.mask, self.block, shape=self.shape, coarsening=self.coarsening)
 
     def __or__(self, other: Layout) -> Layout:
         if not isinstance(other, Layout):

@@ -1,4 +1,8 @@
-"""Layouts by name."""
+"""Layouts by name.
+
+They are made on the CPU, whatever torch's default device: a model built under ``torch.device("cuda")``, or on the meta
+device, has the same layouts.
+"""
 
 from __future__ import annotations
 
@@ -14,11 +18,12 @@ from structmat.layouts.layout import Layout, blocks_of, grid_of, sizes_of
 def _stretched(pattern: Tensor, shape: tuple[int, int], block: tuple[int, int]) -> Layout:
     """A layout whose blocks follow the cell of a smaller pattern (p, p) that they lie in."""
     (mb, nb), p = grid_of(shape, block), pattern.shape[0]
-    return Layout(pattern[torch.arange(mb) * p // mb][:, torch.arange(nb) * p // nb], block, shape)
+    rows, columns = (torch.arange(n, device="cpu") * p // n for n in (mb, nb))
+    return Layout(pattern[rows][:, columns], block, shape)
 
 
 def _distance(p: int) -> Tensor:
-    i = torch.arange(p)
+    i = torch.arange(p, device="cpu")
     return (i[:, None] - i).abs()
 
 
@@ -57,7 +62,7 @@ def flat_butterfly(shape: Any, block: Any, max_stride: int | None = None, cells:
     top = p if max_stride is None else max_stride
     if check_int("max_stride", top) > p or top & (top - 1):
         raise ValueError(f"max_stride must be a power of two from 1 to {p} for {p} x {p} cells, got {top}")
-    i = torch.arange(p)
+    i = torch.arange(p, device="cpu")
     difference = i[:, None] ^ i
     pattern = difference == 0
     for s in range(top.bit_length() - 1):
@@ -122,7 +127,8 @@ def global_(shape: Any, block: Any, size: int = 1) -> Layout:
     """
     sizes, pair, (mb, nb) = sizes_of(shape, block)
     check_int("size", size, 0)
-    return Layout((torch.arange(mb) < size)[:, None] | (torch.arange(nb) < size), pair, sizes)
+    rows, columns = (torch.arange(n, device="cpu") < size for n in (mb, nb))
+    return Layout(rows[:, None] | columns, pair, sizes)
 
 
 def bigbird(shape: Any, block: Any, width: int = 1, size: int = 1, extra: int = 1, seed: int = 0) -> Layout:
@@ -138,7 +144,7 @@ def bigbird(shape: Any, block: Any, width: int = 1, size: int = 1, extra: int = 
     """
     _, _, (mb, nb) = sizes_of(shape, block)
     check_int("extra", extra, 0)
-    order = torch.rand(mb, nb, generator=torch.Generator().manual_seed(seed)).argsort(1)
+    order = torch.rand(mb, nb, generator=torch.Generator("cpu").manual_seed(seed), device="cpu").argsort(1)
     fixed = banded(shape, block, width) | global_(shape, block, size)
     return Layout(fixed.mask | (order < extra), fixed.block, fixed.shape)
 
@@ -153,7 +159,7 @@ def random(shape: Any, block: Any, density: float, seed: int = 0) -> Layout:
         seed: of the draw.
     """
     sizes, pair, (mb, nb) = sizes_of(shape, block)
-    scores = torch.rand(mb, nb, generator=torch.Generator().manual_seed(seed))
+    scores = torch.rand(mb, nb, generator=torch.Generator("cpu").manual_seed(seed), device="cpu")
     return Layout(_largest(scores, density), pair, sizes, (1, 1))
 
 
@@ -193,7 +199,7 @@ def top_k(W: Tensor, block: Any, density: float) -> Layout:
 def _largest(scores: Tensor, density: Any) -> Tensor:
     if not isinstance(density, (int, float)) or isinstance(density, bool) or not 0 < density <= 1:
         raise ValueError(f"density must be a number in (0, 1], got {density!r}")
-    mask = torch.zeros(scores.numel(), dtype=torch.bool)
+    mask = torch.zeros(scores.numel(), dtype=torch.bool, device="cpu")
     # Stable, so that ties are broken by place and not by chance.
     order = scores.flatten().argsort(descending=True, stable=True)
     mask[order[: max(1, round(density * scores.numel()))]] = True
@@ -208,7 +214,7 @@ def full(shape: Any, block: Any) -> Layout:
         block: height and width of a block, or one number.
     """
     sizes, pair, grid = sizes_of(shape, block)
-    return Layout(torch.ones(grid, dtype=torch.bool), pair, sizes)
+    return Layout(torch.ones(grid, dtype=torch.bool, device="cpu"), pair, sizes)
 
 
 def kron(a: Layout, b: Layout) -> Layout:

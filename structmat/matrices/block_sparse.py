@@ -112,7 +112,7 @@ class BlockSparse(StructuredMatrix):
     def layout(self) -> Layout:
         """Which blocks are stored; reads the tables, from a GPU too, and so waits for it."""
         tables = self.tables
-        mask = torch.zeros(tables.grid, dtype=torch.bool)
+        mask = torch.zeros(tables.grid, dtype=torch.bool, device="cpu")
         mask[tables.tables.rows.long().cpu(), tables.tables.columns.long().cpu()] = True
         return Layout(mask, tables.block, tables.shape)
 

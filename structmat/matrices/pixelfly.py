@@ -35,13 +35,13 @@ class Pixelfly(StructuredMatrix):
     factors get no gradient until gamma has moved.
 
     Args:
-        gamma: shape () or (*batch).
+        gamma: shape (*batch, 1).
         block_sparse: B, shape (*batch, m, n), of the same dtype and device.
         low_rank: U V, of the same shape; batches broadcast. Its inner size may be 0.
 
     Raises:
         TypeError: if a part has another class or dtype.
-        ValueError: if shapes, batches or devices do not fit together.
+        ValueError: if gamma is a scalar, or shapes, batches or devices do not fit together.
 
     Example:
         >>> import torch, structmat
@@ -58,6 +58,12 @@ class Pixelfly(StructuredMatrix):
     def __post_init__(self) -> None:
         check_tensor("gamma", self.gamma)
         check_inexact("gamma", self.gamma)
+        # Not a scalar: FSDP2 shards the first dimension of every parameter, and needs one.
+        if self.gamma.shape[-1:] != (1,):
+            raise ValueError(
+                f"gamma must have shape (*batch, 1), got {tuple(self.gamma.shape)}; give it a last dimension with "
+                "gamma.unsqueeze(-1)"
+            )
         for name, cls in (("block_sparse", BlockSparse), ("low_rank", LowRank)):
             part = getattr(self, name)
             if not isinstance(part, cls):
@@ -72,7 +78,7 @@ class Pixelfly(StructuredMatrix):
             _ = self.shape
         except RuntimeError:
             raise ValueError(
-                f"batches must broadcast, got {tuple(self.gamma.shape)} of gamma, "
+                f"batches must broadcast, got {tuple(self.gamma.shape[:-1])} of gamma, "
                 f"{tuple(self.block_sparse.batch_shape)} of block_sparse and {tuple(self.low_rank.batch_shape)} of "
                 "low_rank"
             ) from None
@@ -80,7 +86,7 @@ class Pixelfly(StructuredMatrix):
     @property
     def shape(self) -> torch.Size:
         sizes = self.block_sparse.shape
-        batches = self.gamma.shape, sizes[:-2], self.low_rank.batch_shape
+        batches = self.gamma.shape[:-1], sizes[:-2], self.low_rank.batch_shape
         return torch.Size((*torch.broadcast_shapes(*batches), *sizes[-2:]))
 
     @property
@@ -102,8 +108,8 @@ class Pixelfly(StructuredMatrix):
 
     # ---------------------------------------------------------------- products
     def _operands(self) -> dict[str, Any]:
-        u = (1 - self.gamma)[..., None, None] * self.low_rank.left
-        return {"u": u, "v": self.low_rank.right, "gamma": self.gamma}
+        u = (1 - self.gamma).unsqueeze(-1) * self.low_rank.left
+        return {"u": u, "v": self.low_rank.right, "gamma": self.gamma.squeeze(-1)}
 
     def _linear(self, x: Tensor) -> Tensor:
         return block_sparse(x, self.block_sparse.values, self.block_sparse.tables, **self._operands())
@@ -123,7 +129,7 @@ class Pixelfly(StructuredMatrix):
         return Pixelfly._rebuild((self.gamma, *parts), ())
 
     def to_dense(self) -> Tensor:
-        gamma = self.gamma[..., None, None]
+        gamma = self.gamma.unsqueeze(-1)
         return gamma * self.block_sparse.to_dense() + (1 - gamma) * self.low_rank.to_dense()
 
     # ---------------------------------------------------------------- construction
@@ -148,7 +154,7 @@ class Pixelfly(StructuredMatrix):
         # The blocks make up for the rounding of the low-rank part as well.
         double = low.to(work_dtype(W))
         blocks = BlockSparse.from_dense((W.to(double.dtype) - (1 - weight) * double.to_dense()) / weight, layout)
-        return cls(W.new_full(W.shape[:-2], weight), blocks.to(W.dtype), low), None, lost
+        return cls(W.new_full((*W.shape[:-2], 1), weight), blocks.to(W.dtype), low), None, lost
 
     @classmethod
     def from_dense(
@@ -220,7 +226,7 @@ class Pixelfly(StructuredMatrix):
             return torch.empty((*batch, *sizes), dtype=dtype, device=device)
 
         blocks = BlockSparse(empty(layout.nnz, *layout.block), layout)
-        return cls(empty(), blocks, LowRank(empty(m, rank), empty(rank, n))).randomize_(generator=generator)
+        return cls(empty(1), blocks, LowRank(empty(m, rank), empty(rank, n))).randomize_(generator=generator)
 
     @torch.no_grad()
     def randomize_(self, std: float = LINEAR_STD, generator: torch.Generator | None = None) -> Self:

@@ -58,7 +58,8 @@ class BlockSparseAttention(DotProductAttention):
 
     Raises:
         TypeError: if mask is not a boolean tensor.
-        ValueError: if mask is not square, is on the meta device or has an empty row, or backend is unknown.
+        ValueError: if mask is not square, is on the meta device or has an empty row, or backend is unknown; when
+            called, if a sequence is too long, or so short that a query of it sees none of its keys.
 
     Shape:
         q, k, v (batch, heads, length, d), length at most g ``block_size``, to the same.
@@ -91,6 +92,9 @@ class BlockSparseAttention(DotProductAttention):
         self.backend = backend
         self.grid = _check_mask(mask, causal).cpu()
         self.widest = int(self.grid.sum(1).max())
+        # How many blocks of a shorter sequence leave a query without keys: none of them if causal.
+        furthest = self.grid.int().argmax(1).cummax(0).values.tolist()
+        self._too_few = frozenset(g for g, key in enumerate(furthest, 1) if key >= g)
         self._make(mask.device)
 
     def _make(self, device: torch.device) -> None:
@@ -139,6 +143,8 @@ class BlockSparseAttention(DotProductAttention):
         if q.shape[-2] != k.shape[-2]:
             raise ValueError(f"q and k must have one length, got {q.shape[-2]} and {k.shape[-2]}")
         length = self._check_length(q.shape[-2])
+        if self._too_few and -(-length // self.block_size) in self._too_few:
+            raise ValueError(self._blind(length))
         backend = self.backend
         if backend == "auto":
             pays = length == self.length and self.widest <= _GATHER_BELOW * len(self.grid)
@@ -153,10 +159,12 @@ class BlockSparseAttention(DotProductAttention):
 
     def _gather(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         sizes = (len(self.grid), self.block_size)
-        # (batch, heads, g, block, d) queries against (batch, heads, g, widest * block, d) keys
-        keys, values = (t.unflatten(-2, sizes)[..., self.index, :, :].flatten(-3, -2) for t in (k, v))
-        out = F.scaled_dot_product_attention(q.unflatten(-2, sizes), keys, values, attn_mask=self.allowed)
-        return out.flatten(-3, -2)
+        # (batch heads, g, block, d) queries against (batch heads, g, widest block, d) keys: with more than four
+        # dimensions PyTorch has no fused kernel on a GPU.
+        keys, values = (t.unflatten(-2, sizes)[..., self.index, :, :].flatten(-3, -2).flatten(0, -4) for t in (k, v))
+        queries = q.unflatten(-2, sizes).flatten(0, -4)
+        out = F.scaled_dot_product_attention(queries, keys, values, attn_mask=self.allowed)
+        return out.unflatten(0, q.shape[:-2]).flatten(-3, -2)
 
     def _flex(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         from torch.nn.attention.flex_attention import create_block_mask, flex_attention
@@ -171,6 +179,11 @@ class BlockSparseAttention(DotProductAttention):
         blocks: Any = create_block_mask(visible, None, None, length, length, device=q.device)
         out: Any = flex_attention(q, k, v, block_mask=blocks)
         return out
+
+    def _blind(self, length: int) -> str:
+        g = -(-length // self.block_size)
+        blocks = (~self.grid[:g, :g].any(1)).nonzero().flatten().tolist()
+        return f"queries of blocks {blocks[:5]} see no key of a sequence of {length} positions; make it longer"
 
     def _check_length(self, length: int) -> int:
         if length > self.length:

@@ -45,7 +45,7 @@ def test_gamma_changes_the_factors_only(gamma):
     W = torch.randn(2, 24, 32, dtype=F64, generator=generator())
     layout = layouts.block_diagonal((24, 32), 8)
     found = sm.Pixelfly.from_dense(W, layout, 3, gamma=gamma)
-    assert found.gamma.shape == (2,)
+    assert found.gamma.shape == (2, 1)
     assert (found.gamma == gamma).all()
     reference = sm.Pixelfly.from_dense(W, layout, 3)
     torch.testing.assert_close(found.to_dense(), reference.to_dense())
@@ -196,19 +196,22 @@ def test_the_rule():
 
 
 PARTS = sm.BlockSparse.random((8, 8), 0.5, block=2), sm.LowRank.random((8, 8), 2)
+HALF = torch.tensor([0.5])
 
 
 @pytest.mark.parametrize(
     ("make", "kind", "text"),
     [
         (lambda: sm.Pixelfly(0.5, *PARTS), TypeError, "gamma"),
-        (lambda: sm.Pixelfly(torch.tensor(0.5), PARTS[1], PARTS[1]), TypeError, "block_sparse must be a BlockSparse"),
-        (lambda: sm.Pixelfly(torch.tensor(0.5).double(), *PARTS), TypeError, "block_sparse has dtype"),
-        (lambda: sm.Pixelfly(torch.tensor(0.5), PARTS[0], sm.LowRank.random((8, 9), 2)), ValueError, "one shape"),
+        (lambda: sm.Pixelfly(HALF, PARTS[1], PARTS[1]), TypeError, "block_sparse must be a BlockSparse"),
+        (lambda: sm.Pixelfly(HALF.double(), *PARTS), TypeError, "block_sparse has dtype"),
+        (lambda: sm.Pixelfly(HALF, PARTS[0], sm.LowRank.random((8, 9), 2)), ValueError, "one shape"),
+        (lambda: sm.Pixelfly(HALF[0], *PARTS), ValueError, r"gamma must have shape \(\*batch, 1\), got \(\); give"),
+        (lambda: sm.Pixelfly(torch.ones(2), *PARTS), ValueError, r"gamma must have shape .* got \(2,\)"),
         (
-            lambda: sm.Pixelfly(torch.ones(2), PARTS[0], sm.LowRank.random((3, 8, 8), 2)),
+            lambda: sm.Pixelfly(torch.ones(2, 1), PARTS[0], sm.LowRank.random((3, 8, 8), 2)),
             ValueError,
-            "batches must broadcast",
+            r"batches must broadcast, got \(2,\) of gamma",
         ),
         (lambda: sm.Pixelfly.from_dense(torch.ones(32, 32), LAYOUTS["empty"], 33), ValueError, "rank must be at most"),
         (lambda: sm.Pixelfly.from_dense(torch.ones(32, 32), LAYOUTS["empty"], 2, gamma=1), ValueError, "gamma"),

@@ -9,6 +9,7 @@ import torch
 
 import structmat
 from structmat.models import GPT, BlockSparseAttention, VisionTransformer, model_summary
+from structmat.testing import relative_error
 from structmat_kernels.block_sparse import flat_butterfly_mask
 
 
@@ -29,9 +30,10 @@ def grids():
 every_grid = pytest.mark.parametrize(("grid", "block"), grids().values(), ids=grids().keys())
 
 
-def qkv(length, dtype=torch.float64, grad=False):
+def qkv(length, d=4, grad=False):
     generator = torch.Generator().manual_seed(1)
-    return [torch.randn(2, 3, length, 4, generator=generator, dtype=dtype, requires_grad=grad) for _ in range(3)]
+    options = {"generator": generator, "dtype": torch.float64, "requires_grad": grad}
+    return [torch.randn(2, 3, length, d, **options) for _ in range(3)]
 
 
 def reference(q, k, v, grid, block, causal):
@@ -68,17 +70,44 @@ def test_a_shorter_sequence_uses_the_upper_left_part(grid, block, causal):
         assert attention.pairs(length) == pairs
 
 
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize(("dtype", "bound"), [(torch.float32, 5e-6), (torch.bfloat16, 1e-2)], ids=str)
+@pytest.mark.parametrize(("backend", "length"), [("gather", 64), ("dense", 64), ("dense", 51), ("dense", 3)])
+def test_on_devices(backend, length, dtype, bound, causal, device):
+    grid = flat_butterfly_mask(8, 8, max_stride=2)
+    attention = BlockSparseAttention(grid, 8, causal, backend).to(device)
+    inputs = [t.detach().to(device, dtype).requires_grad_() for t in qkv(length, d=16)]
+    check(attention(*inputs), inputs, grid, 8, causal, bound)
+
+
 @pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
 @pytest.mark.parametrize("causal", [False, True])
-def test_flex_attention(causal):
+@pytest.mark.parametrize(("dtype", "bound"), [(torch.float32, 5e-6), (torch.bfloat16, 1e-2)], ids=str)
+@pytest.mark.parametrize("length", [256, 201, 77])
+def test_flex_attention(length, dtype, bound, causal, device):
+    """Compiled with gradients on a GPU; on a CPU flex_attention has no backward, and its compilation takes seconds."""
     grid = flat_butterfly_mask(8, 8, max_stride=4)
-    attention = BlockSparseAttention(grid, 16, causal, "flex")
-    generator = torch.Generator().manual_seed(0)
-    inputs = [torch.randn(1, 2, 128, 16, generator=generator) for _ in range(3)]
-    with torch.no_grad():
-        out = attention(*inputs)
-    expected, _ = reference(*(t.double() for t in inputs), grid, 16, causal)
-    assert ((out - expected).norm() / expected.norm()).item() < 5e-6
+    attention = BlockSparseAttention(grid, 32, causal, "flex").to(device)
+    train = device == "cuda"
+    if train:
+        torch.compiler.reset()
+        attention = torch.compile(attention, fullgraph=True)
+    inputs = [t.detach().to(device, dtype).requires_grad_(train) for t in qkv(length, d=16)]
+    check(attention(*inputs), inputs, grid, 32, causal, bound)
+
+
+def check(out, inputs, grid, block, causal, bound):
+    """A device's output, and its gradients if it has any, against float64 on the CPU for the same numbers."""
+    exact = [t.detach().cpu().double().requires_grad_() for t in inputs]
+    expected, _ = reference(*exact, grid, block, causal)
+    assert out.dtype == inputs[0].dtype and out.device == inputs[0].device
+    assert relative_error(out.cpu(), expected) <= bound
+    if out.requires_grad:
+        cotangent = torch.randn(out.shape, generator=torch.Generator().manual_seed(2)).to(out.dtype)
+        got = torch.autograd.grad(out, inputs, cotangent.to(out.device))
+        wanted = torch.autograd.grad(expected, exact, cotangent.double())
+        for a, b in zip(got, wanted, strict=True):
+            assert relative_error(a.cpu(), b) <= 2 * bound
 
 
 def test_compiles_whole_and_moves():
@@ -137,6 +166,11 @@ def test_models_with_a_mask():
             lambda: BlockSparseAttention(torch.eye(2).bool(), 4)(*qkv(9)),
             ValueError,
             "covers 8 positions, 2 blocks of 4",
+        ),
+        (
+            lambda: BlockSparseAttention(torch.eye(3).bool().flip(0), 4)(*qkv(5)),
+            ValueError,
+            r"queries of blocks \[0\] see no key of a sequence of 5 positions",
         ),
         (
             lambda: BlockSparseAttention(torch.eye(2).bool(), 4, backend="gather")(*qkv(7)),

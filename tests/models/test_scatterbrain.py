@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 
 from structmat.models import GPT, BlockSparseAttention, ScatterbrainAttention
+from structmat.testing import relative_error
 from structmat_kernels.block_sparse import flat_butterfly_mask
 
 GLOBAL = torch.eye(5).bool()
@@ -81,6 +82,25 @@ def test_scores_of_any_size_in_float32(causal, scale):
         k[..., -1, :] *= 40
         v[..., -1, :] = 1e6
         torch.testing.assert_close(attention(q, k, v)[..., :-1, :], out[..., :-1, :].detach())
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize(("dtype", "bound"), [(torch.float32, 1e-5), (torch.bfloat16, 1e-2)], ids=str)
+@pytest.mark.parametrize("length", [64, 51, 3])
+def test_on_devices(length, dtype, bound, causal, device):
+    """Outputs and gradients on a device against float64 on the CPU for the same numbers."""
+    attention = ScatterbrainAttention(flat_butterfly_mask(8, 8, max_stride=2), 8, 16, 24, causal)
+    exact = [t.to(dtype).double().requires_grad_() for t in qkv(length, d=16, scale=0.5)]
+    expected = reference(attention, *exact)
+    inputs = [t.detach().to(device, dtype).requires_grad_() for t in exact]
+    out = attention.to(device)(*inputs)
+    assert out.dtype == dtype and out.device == inputs[0].device
+    assert relative_error(out.cpu(), expected) <= bound
+    cotangent = torch.randn(out.shape, generator=torch.Generator().manual_seed(2)).to(dtype)
+    got = torch.autograd.grad(out, inputs, cotangent.to(device))
+    wanted = torch.autograd.grad(expected, exact, cotangent.double())
+    for a, b in zip(got, wanted, strict=True):
+        assert relative_error(a.cpu(), b) <= 2 * bound
 
 
 def test_estimates_are_unbiased_and_better_than_the_mask_alone():
