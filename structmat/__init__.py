@@ -1,6 +1,6 @@
 """structmat: structured matrices for PyTorch."""
 
-from structmat import kaleidoscopes, layouts, models, nn, surgery, transforms
+from structmat import kaleidoscopes, layouts, linalg, models, nn, numeric, surgery, transforms
 from structmat.base import StructuredMatrix, matrix, static
 from structmat.chain import Chain, Pattern
 from structmat.config import (
@@ -15,6 +15,7 @@ from structmat.config import (
 )
 from structmat.config_block_sparse import BlockSparseConfig, PixelflyConfig
 from structmat.config_butterfly import ButterflyConfig
+from structmat.config_displacement import LDRConfig
 from structmat.lazy import Inverse, Kronecker, Product, Scaled, Sum, Transposed
 from structmat.matrices import (
     LDR,
@@ -27,10 +28,13 @@ from structmat.matrices import (
     Circulant,
     Dense,
     Diagonal,
+    Fastfood,
     Hankel,
     HankelLike,
     Kaleidoscope,
     KroneckerSparse,
+    LDRSubdiagonal,
+    LDRTridiagonal,
     LowRank,
     Monarch,
     OrthogonalButterfly,
@@ -64,12 +68,16 @@ __all__ = [
     "Config",
     "Dense",
     "Diagonal",
+    "Fastfood",
     "Hankel",
     "HankelLike",
     "Inverse",
     "Kaleidoscope",
     "Kronecker",
     "KroneckerSparse",
+    "LDRConfig",
+    "LDRSubdiagonal",
+    "LDRTridiagonal",
     "LowRank",
     "LowRankConfig",
     "Monarch",
@@ -93,9 +101,11 @@ __all__ = [
     "config_from_dict",
     "kaleidoscopes",
     "layouts",
+    "linalg",
     "matrix",
     "models",
     "nn",
+    "numeric",
     "project",
     "static",
     "surgery",

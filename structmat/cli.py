@@ -53,6 +53,8 @@ structures, for a weight of m rows and n columns:
   butterfly      a product of log n sparse factors; the prime factors of m and n
                  set its size, which a budget has to leave room for
   blocksparse    the blocks of 32 x 32 of the largest norms; a budget
+  ldr            a Toeplitz-like matrix of low displacement rank, r (m + n)
+                 numbers; --rank or a budget
   pixelfly       blocks near to powers of two from the diagonal, and a low-rank
                  matrix; --rank, or a budget, a quarter or more of which
                  is low rank

@@ -61,16 +61,31 @@ def matrix(cls: T) -> T:
         flatten,
         lambda children, context: cls._rebuild(tuple(children), context),
         serialized_type_name=f"{cls.__module__}.{cls.__qualname__}",
-        to_dumpable_context=lambda context: [str(c) if isinstance(c, torch.dtype) else c for c in context],
-        from_dumpable_context=lambda dumped: tuple(_undump(c) for c in dumped),
+        to_dumpable_context=lambda context: [to_json(c) for c in context],
+        from_dumpable_context=lambda dumped: tuple(from_json(c) for c in dumped),
         flatten_with_keys_fn=flatten_with_keys,
     )
     return cls
 
 
-def _undump(value: Any) -> Any:
-    """Undo the JSON form of a static field: dtypes travel by name."""
-    return getattr(torch, value[6:]) if isinstance(value, str) and value.startswith("torch.") else value
+def to_json(value: Any) -> Any:
+    """A static field as JSON gives it back: dtypes by name, complex numbers as text, tuples as lists."""
+    if isinstance(value, (tuple, list)):
+        return [to_json(v) for v in value]
+    if isinstance(value, complex):
+        return f"complex({value.real!r},{value.imag!r})"
+    return str(value) if isinstance(value, torch.dtype) else value
+
+
+def from_json(value: Any) -> Any:
+    """Undo :func:`to_json`."""
+    if isinstance(value, list):
+        return tuple(from_json(v) for v in value)
+    if isinstance(value, str) and value.startswith("complex("):
+        real, imag = value[8:-1].split(",")
+        return complex(float(real), float(imag))
+    dtype = getattr(torch, value[6:], None) if isinstance(value, str) and value.startswith("torch.") else None
+    return dtype if isinstance(dtype, torch.dtype) else value
 
 
 class FactorValue:

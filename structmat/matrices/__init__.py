@@ -13,12 +13,15 @@ from structmat.matrices.displacement import (
     Circulant,
     Hankel,
     HankelLike,
+    LDRSubdiagonal,
+    LDRTridiagonal,
     Shift,
     Toeplitz,
     ToeplitzLike,
     Vandermonde,
     VandermondeLike,
 )
+from structmat.matrices.fastfood import Fastfood
 from structmat.matrices.kaleidoscope import Kaleidoscope
 from structmat.matrices.kronecker_sparse import KroneckerSparse
 from structmat.matrices.low_rank import LowRank
@@ -38,10 +41,13 @@ __all__ = [
     "Circulant",
     "Dense",
     "Diagonal",
+    "Fastfood",
     "Hankel",
     "HankelLike",
     "Kaleidoscope",
     "KroneckerSparse",
+    "LDRSubdiagonal",
+    "LDRTridiagonal",
     "LowRank",
     "Monarch",
     "OrthogonalButterfly",

@@ -4,6 +4,9 @@ from structmat.nn.block_sparse import BlockSparseLinear, PixelflyLinear
 from structmat.nn.block_sparse_conv import BlockSparseConv2d, PixelflyConv2d
 from structmat.nn.butterfly import ButterflyLinear, OrthogonalButterflyLinear
 from structmat.nn.butterfly_conv import ButterflyConv2d
+from structmat.nn.displacement import CirculantLinear, LDRLinear, ToeplitzLikeLinear, ToeplitzLinear
+from structmat.nn.displacement_conv import LDRConv2d
+from structmat.nn.fastfood import FastfoodLinear
 from structmat.nn.fly import convert_fly_state_dict
 from structmat.nn.groups import parameter_groups
 from structmat.nn.kaleidoscope import KaleidoscopeLinear
@@ -12,6 +15,7 @@ from structmat.nn.layers import BlockDiagonalLinear, LowRankLinear, MonarchLinea
 from structmat.nn.linear import StructuredLinear
 from structmat.nn.parameters import MatrixParameters
 from structmat.nn.permutation import LearnablePermutation
+from structmat.nn.recurrent import StructuredLSTMCell
 
 __all__ = [
     "BlockDiagonalLinear",
@@ -19,8 +23,12 @@ __all__ = [
     "BlockSparseLinear",
     "ButterflyConv2d",
     "ButterflyLinear",
+    "CirculantLinear",
+    "FastfoodLinear",
     "KaleidoscopeConv2d",
     "KaleidoscopeLinear",
+    "LDRConv2d",
+    "LDRLinear",
     "LearnablePermutation",
     "LowRankLinear",
     "MatrixParameters",
@@ -28,7 +36,10 @@ __all__ = [
     "OrthogonalButterflyLinear",
     "PixelflyConv2d",
     "PixelflyLinear",
+    "StructuredLSTMCell",
     "StructuredLinear",
+    "ToeplitzLikeLinear",
+    "ToeplitzLinear",
     "convert_fly_state_dict",
     "parameter_groups",
 ]

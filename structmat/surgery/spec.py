@@ -17,12 +17,12 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, TypeVar
 
-import torch
 from torch import Tensor, nn
 
 from structmat.base import StructuredMatrix
-from structmat.matrices import BlockDiagonal, BlockSparse, Butterfly, LowRank, Monarch, Pixelfly
+from structmat.matrices import LDR, BlockDiagonal, BlockSparse, Butterfly, LowRank, Monarch, Pixelfly
 from structmat.nn import BlockDiagonalLinear, LowRankLinear, MonarchLinear, StructuredLinear
+from structmat.value import from_json, to_json
 
 KEY = "structmat"
 VERSION = 1
@@ -90,14 +90,9 @@ def describe(value: StructuredMatrix) -> dict[str, Any]:
             return [child(i) for i in item]
         return describe(item) if isinstance(item, StructuredMatrix) else None
 
-    def const(item: Any) -> Any:  # as JSON gives it back, so that descriptions can be compared
-        if isinstance(item, (tuple, list)):
-            return [const(i) for i in item]
-        return str(item) if isinstance(item, torch.dtype) else item
-
     return {
         "class": class_key(type(value)),
-        "static": {name: const(getattr(value, name)) for name in value._static},
+        "static": {name: to_json(getattr(value, name)) for name in value._static},
         "fields": {name: child(getattr(value, name)) for name in value._dynamic},
     }
 
@@ -122,14 +117,16 @@ def build(spec: Any, prefix: str, read: Callable[[str], Tensor]) -> StructuredMa
             fields[name] = tuple(build(part, f"{prefix}{name}.{i}.", read) for i, part in enumerate(item))
         else:
             fields[name] = build(item, f"{prefix}{name}.", read)
-    return cls(**fields, **{name: _thaw(item) for name, item in spec["static"].items()})
-
-
-def _thaw(item: Any) -> Any:
-    if isinstance(item, list):  # JSON has no tuples
-        return tuple(_thaw(i) for i in item)
-    dtype = getattr(torch, item[6:], None) if isinstance(item, str) and item.startswith("torch.") else None
-    return dtype if isinstance(dtype, torch.dtype) else item
+    fields |= {name: from_json(item) for name, item in spec["static"].items()}
+    names = (*cls._dynamic, *cls._static)
+    if set(fields) != set(names):
+        raise ValueError(f"{cls.__name__} has the fields {', '.join(names)}, the description {', '.join(fields)}")
+    # Not by the constructor, whose arguments may be others than the fields.
+    value = cls._rebuild(tuple(fields[n] for n in cls._dynamic), tuple(fields[n] for n in cls._static))
+    check: Any = getattr(value, "__post_init__", None)
+    if check is not None:
+        check()
+    return value
 
 
 def tensor_names(spec: Any, prefix: str) -> Iterator[str]:
@@ -161,6 +158,8 @@ def structure_name(value: StructuredMatrix) -> str:
         return f"blocksparse {count} of {rows}x{columns}"
     if isinstance(value, Pixelfly):
         return f"pixelfly {structure_name(value.block_sparse)} rank {value.low_rank.rank}"
+    if isinstance(value, LDR):
+        return f"{type(value).__name__.lower()} rank {value.displacement_rank}"
     inner: list[str] = []
     for name in value._dynamic:
         child = getattr(value, name)

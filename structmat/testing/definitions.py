@@ -20,6 +20,7 @@ from structmat.matrices import (
     Circulant,
     Dense,
     Diagonal,
+    Fastfood,
     Hankel,
     Kaleidoscope,
     KroneckerSparse,
@@ -31,8 +32,8 @@ from structmat.matrices import (
     Toeplitz,
     Vandermonde,
 )
-from structmat.matrices.displacement import LDR, Shift
-from structmat.testing.displacement import dense_ldr, dense_shift
+from structmat.matrices.displacement import LDR, LDRSubdiagonal, LDRTridiagonal, Shift, ShiftEigenvectors
+from structmat.testing.displacement import dense_eigenvectors, dense_krylov, dense_ldr, dense_shift
 
 
 def dense_by_definition(A: StructuredMatrix) -> Tensor:
@@ -55,12 +56,16 @@ def dense_by_definition(A: StructuredMatrix) -> Tensor:
             ..., : A.nrows, : A.ncols
         ]
     if isinstance(A, Pixelfly):
-        gamma = A.gamma[..., None, None]
+        gamma = A.gamma[..., None]
         return gamma * dense_by_definition(A.block_sparse) + (1 - gamma) * dense_by_definition(A.low_rank)
+    if isinstance(A, ShiftEigenvectors):
+        return dense_eigenvectors(A)
     if isinstance(A, Shift):
         return dense_shift(A)
     if isinstance(A, LDR):
         return dense_ldr(A)
+    if isinstance(A, (LDRSubdiagonal, LDRTridiagonal)):
+        return dense_krylov(A)
     if isinstance(A, Transposed):
         return dense_by_definition(A.base).mT
     if isinstance(A, Scaled):
@@ -172,6 +177,20 @@ def _cauchy(out: Tensor, A: Any, s: Tensor, t: Tensor) -> None:
         out[i, j] = 1 / (s[i] - t[j])
 
 
+def _fastfood(out: Tensor, A: Any, s: Tensor, g: Tensor, b: Tensor, perm: Tensor) -> None:
+    q, k = g.shape
+    S = torch.zeros(q * k).to(s)
+    S[: len(s)] = s
+    H = torch.tensor([[(-1.0) ** (i & j).bit_count() for j in range(k)] for i in range(k)]).to(out) / k**0.5
+    for block in range(q):
+        P = torch.zeros_like(H)
+        for i in range(k):
+            P[i, perm[block, i]] = 1
+        V = torch.diag(S[block * k : (block + 1) * k]) @ H @ torch.diag(g[block]) @ P @ H[:, : out.shape[1]]
+        rows = out[block * k : (block + 1) * k]
+        rows.copy_((V @ torch.diag(b[block]))[: len(rows)])
+
+
 _ENTRIES = {
     Dense: _dense,
     Diagonal: _diagonal,
@@ -186,6 +205,7 @@ _ENTRIES = {
     Hankel: _hankel,
     Circulant: _circulant,
     Vandermonde: _vandermonde,
+    Fastfood: _fastfood,
     Cauchy: _cauchy,
 }
 # How many dimensions of each factor are not batch.
@@ -203,5 +223,6 @@ _RANKS = {
     Hankel: (1,),
     Circulant: (1,),
     Vandermonde: (1,),
+    Fastfood: (1, 2, 2, 2),
     Cauchy: (1, 1),
 }

@@ -41,6 +41,8 @@ from structmat.transforms import Selection, dct, haar
 Make = Callable[[torch.dtype, Any], StructuredMatrix]
 # What torch.linalg factorises.
 _SOLVABLE = (torch.float64, torch.complex128, torch.float32, torch.complex64)
+# Of entries that do not have all dtypes, by how their names begin.
+_DTYPES = {"inverse": _SOLVABLE, "shifteigenvectors": (torch.complex128, torch.complex64)}
 
 
 def _random(cls: Any, *args: Any, **structure: Any) -> Make:
@@ -91,6 +93,18 @@ def _dominant(cls: Any, shape: tuple[int, ...], *structure: Any) -> Make:
         column = torch.rand(shape, dtype=dtype) / (2 * shape[-1])
         column[..., 0] += 1
         return cls(column.to(device), *structure)
+
+    return make
+
+
+def _invertible_diagonals(cls: Any, n: int, batch: tuple[int, ...] = ()) -> Make:
+    """A Toeplitz or a Hankel matrix whose middle (anti)diagonal is larger than the others together."""
+
+    def make(dtype: torch.dtype, device: Any) -> StructuredMatrix:
+        entries = torch.randn(*batch, 2 * n - 1, dtype=dtype) / (4 * n**0.5)
+        entries[..., n - 1] += 1
+        made = Toeplitz.from_diagonals if cls is Toeplitz else Hankel.from_entries
+        return made(entries.to(device), n)
 
     return make
 
@@ -200,21 +214,24 @@ def _entries() -> Iterator[tuple[str, Make, bool]]:
     yield "orthogonalbutterfly-rows", _random(OrthogonalButterfly, (5, 12)), False
     yield "orthogonalbutterfly-columns", _random(OrthogonalButterfly, (7, 3)), False
     yield "orthogonalbutterfly-batch", _random(OrthogonalButterfly, (2, 4, 4)), True
-    yield "toeplitz", _random(Toeplitz, (8, 8)), False
+    yield "toeplitz", _invertible_diagonals(Toeplitz, 8), True
+    yield "toeplitz-one", _invertible_diagonals(Toeplitz, 1), True
     yield "toeplitz-rectangular", _random(Toeplitz, (6, 10)), False
     yield "toeplitz-prime", _random(Toeplitz, (13, 7)), False
     yield "toeplitz-row", _random(Toeplitz, (1, 5)), False
     yield "toeplitz-column", _random(Toeplitz, (5, 1)), False
     yield "toeplitz-batch", _random(Toeplitz, (2, 3, 4, 6)), False
+    yield "toeplitz-batch-square", _invertible_diagonals(Toeplitz, 5, (2,)), True
     yield "causaltoeplitz", _dominant(CausalToeplitz, (9,)), True
     yield "causaltoeplitz-upper", _dominant(CausalToeplitz, (8,), True), True
     yield "causaltoeplitz-one", _dominant(CausalToeplitz, (1,)), True
     yield "causaltoeplitz-batch", _dominant(CausalToeplitz, (2, 3, 5)), True
-    yield "hankel", _random(Hankel, (7, 7)), False
+    yield "hankel", _invertible_diagonals(Hankel, 7), True
     yield "hankel-rectangular", _random(Hankel, (5, 9)), False
     yield "hankel-row", _random(Hankel, (1, 5)), False
     yield "hankel-column", _random(Hankel, (5, 1)), False
     yield "hankel-batch", _random(Hankel, (2, 3, 6, 4)), False
+    yield "hankel-batch-square", _invertible_diagonals(Hankel, 4, (2, 1)), True
     yield "circulant", _dominant(Circulant, (8,)), True
     yield "circulant-prime", _dominant(Circulant, (7,)), True
     yield "circulant-skew", _dominant(Circulant, (9,), -1), True
@@ -263,6 +280,11 @@ def _selection_by_definition(S: StructuredMatrix) -> Tensor:
     return torch.tensor(rows, dtype=S.dtype, device=S.device)
 
 
+def _dtypes(name: str) -> dict[str, tuple[torch.dtype, ...]]:
+    found = [dtypes for start, dtypes in _DTYPES.items() if name.startswith(start)]
+    return {"dtypes": found[0]} if found else {}
+
+
 def market(match: str = "") -> list[Entry]:
     """The entries of the library.
 
@@ -280,7 +302,7 @@ def market(match: str = "") -> list[Entry]:
             make,
             dense=_selection_by_definition if name == "selection" else dense_by_definition,
             invertible=invertible,
-            **({"dtypes": _SOLVABLE} if name.startswith("inverse") else {}),
+            **_dtypes(name),
         )
         for name, make, invertible in _entries()
         if match in name

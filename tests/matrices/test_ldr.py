@@ -9,10 +9,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from structmat import Diagonal, LowRank
+from structmat import Diagonal, Hankel, LowRank, Toeplitz
 from structmat.linalg.cauchy import BLOCK, cauchy_like_solve
 from structmat.matrices.displacement import LDR, CauchyLike, HankelLike, Shift, ToeplitzLike, VandermondeLike
 from structmat.matrices.displacement._algebra import meet
+from structmat.nn import StructuredLinear
+from structmat.surgery import load_file, save_file
 from structmat.testing import assert_close
 from structmat.testing.displacement import dense_ldr
 
@@ -287,3 +289,63 @@ def test_errors_name_what_is_wrong():
     with pytest.raises(ValueError, match="singular"):
         Shift(3, 0.0).inverse()
     assert Diagonal(torch.ones(3)).shape == (3, 3)
+
+
+def test_complex_corners_travel_through_files_and_exports(tmp_path):
+    M = ToeplitzLike.random((5, 5), 2, complex(0, 1), -1.0, generator=seeded(), dtype=torch.complex64)
+    layer = torch.nn.Sequential(StructuredLinear(M, bias=False))
+    x = draw(3, 5, dtype=torch.complex64)
+    save_file(layer, tmp_path / "m.safetensors")
+    fresh = torch.nn.Sequential(torch.nn.Linear(5, 5, bias=False, dtype=torch.complex64))
+    load_file(fresh, tmp_path / "m.safetensors")
+    assert torch.equal(fresh(x), layer(x))
+    program = torch.export.export(layer, (x,))
+    torch.export.save(program, tmp_path / "m.pt2")
+    assert_close(torch.export.load(tmp_path / "m.pt2").module()(x), layer(x))
+
+
+def test_with_plain_toeplitz_and_hankel_matrices():
+    T = Toeplitz(draw(5, dtype=torch.float64), draw(5, dtype=torch.float64, seed=1))
+    H = Hankel(draw(5, dtype=torch.float64), draw(5, dtype=torch.float64, seed=2))
+    M = ToeplitzLike.random((5, 5), 2, generator=seeded(), dtype=torch.float64)
+    for one, two in ((M, T), (T, M), (M, H), (H, M), (M.inverse(), T)):
+        product = one @ two
+        assert isinstance(product, ToeplitzLike if H not in (one, two) else HankelLike)
+        assert product.displacement_rank <= 6
+        assert_close(product.to_dense(), one.to_dense() @ two.to_dense(), 1e-11)
+    for one, two in ((M, T), (T, M)):
+        total = one + two
+        assert isinstance(total, ToeplitzLike)
+        assert total.displacement_rank == 4
+        assert_close(total.to_dense(), one.to_dense() + two.to_dense())
+    assert_close((M + H).to_dense(), M.to_dense() + H.to_dense())
+    wide = Toeplitz(draw(5, dtype=torch.float64), draw(8, dtype=torch.float64, seed=1))
+    assert isinstance(M @ wide, ToeplitzLike)
+    assert_close((M @ wide).to_dense(), M.to_dense() @ wide.to_dense())
+    assert_close((wide.mT @ M).to_dense(), wide.to_dense().mT @ M.to_dense())
+
+
+@pytest.mark.parametrize("corners", [(1.0, -1.0), (0.5, 2.0), (complex(0, 1), -1.0)])
+@pytest.mark.parametrize("cls", [ToeplitzLike, HankelLike])
+@pytest.mark.parametrize("shape", [(5, 5), (4, 7)])
+def test_conversions_are_the_same_matrix(corners, cls, shape):
+    m, n = shape
+    if meet(corners[0], m, corners[1], n):
+        corners = (corners[0], 3.0)
+    M = cls(draw(m, 2), draw(n, 2, seed=1), *corners)
+    for kind, wanted in (("cauchy", CauchyLike), ("vandermonde", VandermondeLike), ("toeplitz", ToeplitzLike)):
+        for value in (M, M.mT):
+            found = value.convert(kind)
+            (middle,) = (f for f in found.factors if isinstance(f, LDR))
+            assert type(middle) is wanted
+            assert middle.displacement_rank == 2
+            assert_close(found.to_dense(), value.to_dense(), 1e-11)
+            assert_close(dense_ldr(middle), middle.to_dense(), 1e-10)
+    with pytest.raises(ValueError, match="kind must be"):
+        M.convert("hankel")
+    with pytest.raises(ValueError, match="two shifts"):
+        CauchyLike.random((3, 3), 1).convert("toeplitz")
+    with pytest.raises(TypeError, match="are complex"):
+        ToeplitzLike.random((3, 3), 1).convert("cauchy")
+    with pytest.raises(ValueError, match="with_shifts"):
+        ToeplitzLike.random((3, 3), 1, 0.0, 1.0, dtype=COMPLEX).convert("cauchy")

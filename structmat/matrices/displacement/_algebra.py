@@ -101,12 +101,12 @@ def same(A: StructuredMatrix, B: StructuredMatrix) -> bool:
 
 def class_for(base: Any, A: StructuredMatrix, B: StructuredMatrix) -> Any:
     """The class of matrices with these operators."""
-    from structmat.matrices.displacement import likes
+    from structmat.matrices.displacement import cauchy_like, toeplitz_like
 
     if isinstance(A, Shift) and isinstance(B, Shift):
-        return likes.ToeplitzLike if A.up == B.up else likes.HankelLike
+        return toeplitz_like.ToeplitzLike if A.up == B.up else toeplitz_like.HankelLike
     if isinstance(A, Diagonal):
-        return likes.VandermondeLike if isinstance(B, Shift) else likes.CauchyLike
+        return cauchy_like.VandermondeLike if isinstance(B, Shift) else cauchy_like.CauchyLike
     return base
 
 
@@ -167,7 +167,10 @@ def add(M: Any, other: Any) -> StructuredMatrix | None:
         left, right = join(M.A._linear(U.mT).mT, -U), join(V.mT, M.B.mT._linear(V).mT)
         return M._make(M.A, M.B, join(M.left, left), join(M.right, right))
     if not isinstance(other, _ldr()):
-        return None
+        # A Toeplitz or Hankel matrix, which has rank 2 under any shifts.
+        if not (hasattr(other, "to_ldr") and isinstance(M.A, Shift) and isinstance(M.B, Shift)):
+            return None
+        other = other.to_ldr(M.A.f, M.B.f)
     if not same(M.A, other.A) or not same(M.B, other.B):
         other = _agree(other, M)
     if other is None:
@@ -191,11 +194,21 @@ def _agree(other: Any, M: Any) -> Any:
     return with_shifts(other, *new)
 
 
-def compose(M: Any, N: StructuredMatrix) -> StructuredMatrix | None:
+def compose(M: Any, other: Any) -> StructuredMatrix | None:
     """``M N``: ``A M N - M N C = G_M (N^T H_M)^T + M (B - B') N + (M G_N) H_N^T``, if the operators fit."""
-    if not isinstance(N, _ldr()):
-        return None
-    other: Any = N
+    for value, partner in ((M, other), (other, M)):
+        near = "B" if value is M else "A"
+        if not isinstance(value, _ldr()) and not (hasattr(value, "to_ldr") and hasattr(partner, "displacement_rank")):
+            return None
+        if not isinstance(value, _ldr()):
+            operator = getattr(partner, "A" if near == "B" else "B")
+            if not isinstance(operator, Shift):
+                return None
+            # The inner corners agree; the outer one is free.
+            if value is M:
+                M = value.to_ldr(_free_corner(operator, value.shape[-2]), operator.f)
+            else:
+                other = value.to_ldr(operator.f, _free_corner(operator, value.shape[-1]))
     if isinstance(M.B, Shift) and isinstance(other.A, Shift):
         if M.B.up != other.A.up:
             if isinstance(other.B, Shift) and other.A.f and other.B.f:

@@ -14,7 +14,7 @@ from structmat.matrices.displacement._ldr_products import polar
 from structmat.matrices.displacement.operators import Shift
 
 
-class _Eigenbasis:
+class Eigenbasis:
     """``Z_f = W diag(values) W^-1`` with ``W = D^-1 F^-1``, D = diag(phi^i), phi^n = f, and the DFT matrix F."""
 
     def __init__(self, shift: Shift, device: torch.device) -> None:
@@ -38,8 +38,17 @@ class _Eigenbasis:
         """``W^T x``."""
         return torch.fft.ifft(x / self.phase.unsqueeze(-1), dim=-2) if x.numel() else x
 
+    def unitary(self, x: Tensor, back: bool = False, conjugate: bool = False) -> Tensor:
+        """``U^H x`` with ``U = sqrt(n) W``, unitary if |f| is 1; ``U x`` if ``back``; of the conjugate of U."""
+        if conjugate:
+            return self.unitary(x.conj(), back).conj()
+        phase = self.phase.unsqueeze(-1)
+        if back:
+            return torch.fft.ifft(x, dim=-2, norm="ortho") / phase
+        return torch.fft.fft(phase * x, dim=-2, norm="ortho")
 
-def _fourier_logdet(n: int) -> complex:
+
+def fourier_logdet(n: int) -> complex:
     """Log det of the DFT matrix of size n, whose eigenvalues are sqrt(n) (1, -1, -i, i), so many times each."""
     minus, down, up = (n + 2) // 4, (n + 1) // 4, (n - 1) // 4
     return n / 2 * math.log(n) + 1j * math.pi * (minus - down / 2 + up / 2)
@@ -66,15 +75,15 @@ def eliminate(M: Any, b: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     flipped = isinstance(B, Shift) and B.up
     if flipped:
         B, H, sign = B.mT, H.flip(-2), sign * (-1) ** (n * (n - 1) // 2)
-    left = _Eigenbasis(A, M.device) if isinstance(A, Shift) else None
-    right = _Eigenbasis(B, M.device) if isinstance(B, Shift) else None
+    left = Eigenbasis(A, M.device) if isinstance(A, Shift) else None
+    right = Eigenbasis(B, M.device) if isinstance(B, Shift) else None
     s, t = (getattr(o, "diag") if w is None else w.values for o, w in ((A, left), (B, right)))  # noqa: B009
     if left is not None:
         G, v, logdet = left.inverse(G), left.inverse(v), logdet - left.logdet
     if right is not None:
         H, logdet = right.transposed(H), logdet + right.logdet
     # M = W_A C W_B^-1: of two shifts the transforms' determinants cancel.
-    logdet += _fourier_logdet(n) * ((right is not None) - (left is not None))
+    logdet += fourier_logdet(n) * ((right is not None) - (left is not None))
     batch = torch.broadcast_shapes(M.shape[:-2], v.shape[:-2])
     kind = torch.promote_types(torch.promote_types(G.dtype, H.dtype), torch.promote_types(s.dtype, t.dtype))
     parts = [p.to(kind).expand(*batch, *p.shape[-k:]) for p, k in ((s, 1), (t, 1), (G, 2), (H, 2), (v, 2))]

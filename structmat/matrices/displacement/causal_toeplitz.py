@@ -20,6 +20,7 @@ from structmat.matrices.displacement._convolution import (
     toeplitz_flops,
 )
 from structmat.matrices.displacement.toeplitz import Toeplitz
+from structmat.matrices.displacement.toeplitz_like import ToeplitzLike
 
 
 @matrix
@@ -84,6 +85,10 @@ class CausalToeplitz(StructuredMatrix):
     def to_toeplitz(self) -> Toeplitz:
         """The same matrix with its zeros stored."""
         return Toeplitz.from_diagonals(self._diagonals(), self.shape[-1])
+
+    def to_ldr(self, e: float | complex | None = None, f: float | complex | None = None) -> ToeplitzLike:
+        """The same matrix by generators of displacement rank 2; arguments as of :meth:`Toeplitz.to_ldr`."""
+        return self.to_toeplitz().to_ldr(e, f)
 
     @property
     def flops(self) -> int:

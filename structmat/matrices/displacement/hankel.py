@@ -12,7 +12,9 @@ from structmat._checks import check_inexact, check_int, check_matrix_shape, chec
 from structmat.base import LINEAR_STD, StructuredMatrix, matrix, static
 from structmat.matrices._blocks import uniform_
 from structmat.matrices.displacement._convolution import hankel, hankel_dense, toeplitz_flops
-from structmat.matrices.displacement.toeplitz import antidiagonal_means, join_edges
+from structmat.matrices.displacement.ldr import LDR
+from structmat.matrices.displacement.toeplitz import Toeplitz, antidiagonal_means, join_edges
+from structmat.matrices.displacement.toeplitz_like import HankelLike
 
 
 @matrix
@@ -20,8 +22,8 @@ class Hankel(StructuredMatrix):
     """A matrix that is constant along its antidiagonals, as ``scipy.linalg.hankel``; m + n - 1 parameters.
 
     ``H[i, j] = entries[i + j]``, where the stored entries are the first column followed by the last row without its
-    first number. A :class:`~structmat.Toeplitz` matrix with its columns reversed: products cost and round as those.
-    Closed under transposes, sums and multiples.
+    first number. A :class:`~structmat.Toeplitz` matrix with its columns reversed: products and solutions cost and round
+    as those. Closed under transposes, sums and multiples; inverses are :class:`~structmat.HankelLike`.
 
     Args:
         column: the first column, shape (*batch, m), floating point or complex.
@@ -107,6 +109,33 @@ class Hankel(StructuredMatrix):
 
     def diagonal(self) -> Tensor:
         return self.entries[..., : 2 * min(self.shape[-2:]) : 2]
+
+    # ---------------------------------------------------------------- solving
+    def to_toeplitz(self) -> Toeplitz:
+        """The Toeplitz matrix ``H J`` with the columns in reverse order, of the same entries; no copy."""
+        return Toeplitz.from_diagonals(self.entries, self.nrows)
+
+    def to_ldr(self, e: float | complex | None = None, f: float | complex | None = None) -> HankelLike:
+        """The same matrix by generators, ``Z_e H - H Z_f^T`` of rank 2; arguments as of :meth:`Toeplitz.to_ldr`."""
+        T = self.to_toeplitz().to_ldr(e, f)
+        return HankelLike._rebuild((T.A, T.B.mT, T.left, T.right.flip(-2)), ())
+
+    def _solve(self, b: Tensor) -> Tensor:
+        return self.to_toeplitz()._solve(b).flip(-2)
+
+    @property
+    def _solve_flops(self) -> int:
+        return self.to_toeplitz()._solve_flops
+
+    def inverse(self) -> LDR:
+        """The inverse, :class:`~structmat.HankelLike` of displacement rank 2; as :meth:`Toeplitz.inverse`."""
+        self._check_factorisable("inverse")
+        T = self.to_toeplitz().inverse()
+        return T._make(T.A.mT, T.B, T.left.flip(-2), T.right)
+
+    def slogdet(self) -> tuple[Tensor, Tensor]:
+        self._check_factorisable("slogdet")
+        return self.to_ldr().slogdet()
 
     # ---------------------------------------------------------------- construction
     @classmethod

@@ -11,11 +11,13 @@ from torch import Tensor
 from structmat._autocast import autocast_dtype
 from structmat._checks import check_inexact, check_same, check_tensor
 from structmat.base import LINEAR_STD, StructuredMatrix, matrix
+from structmat.lazy import Product
 from structmat.linalg.cauchy import BLOCK
 from structmat.linalg.implicit import implicit_logdet, implicit_solve
 from structmat.matrices._blocks import uniform_
 from structmat.matrices.diagonal import Diagonal
 from structmat.matrices.displacement import _algebra
+from structmat.matrices.displacement._convert import convert
 from structmat.matrices.displacement._convolution import good_size, working
 from structmat.matrices.displacement._ldr_products import (
     diagonal_diagonal,
@@ -192,6 +194,9 @@ class LDR(StructuredMatrix):
     def _compose(self, other: StructuredMatrix) -> StructuredMatrix | None:
         return _algebra.compose(self, other)
 
+    def _rcompose(self, other: StructuredMatrix) -> StructuredMatrix | None:
+        return _algebra.compose(other, self)
+
     def with_shifts(self, e: float | complex | None = None, f: float | complex | None = None) -> LDR:
         """The same matrix with other corners of its shifts; each that changes adds 1 to the rank, and one product.
 
@@ -216,6 +221,26 @@ class LDR(StructuredMatrix):
             ValueError: if both are given, tol is negative, or the rank not from 1 to the number of columns.
         """
         return _algebra.compress(self, tol, rank)
+
+    def convert(self, kind: str) -> Product:
+        """The same matrix as a product with one of another kind, by the eigenvectors of its shifts; of the same rank.
+
+        ``U_A C U_B^-1``: where a shift Z_f becomes the diagonal of its eigenvalues, a Toeplitz-like matrix becomes
+        Vandermonde-like, then Cauchy-like. Costs r + 1 FFTs; a product then one more for each shift that is gone.
+
+        Args:
+            kind: "cauchy" for diagonals only, "vandermonde" for a left diagonal and the right operator as it is,
+                "toeplitz" for shifts of one direction, by a reversal of the columns of a Hankel-like matrix.
+
+        Returns:
+            A :class:`~structmat.Product` whose middle or only factor of low displacement rank is of that kind.
+
+        Raises:
+            ValueError: if the kind is unknown, the matrix has not the shifts for it, or a corner is 0 (see
+                :meth:`with_shifts`).
+            TypeError: if eigenvectors, which are complex, meet a real matrix: convert it with ``.to`` first.
+        """
+        return convert(self, kind)
 
     def displacement(self) -> StructuredMatrix:
         """``A M - M B``, as the :class:`LowRank` matrix ``G H^T``."""

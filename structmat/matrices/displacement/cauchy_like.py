@@ -1,4 +1,4 @@
-"""The classes of matrices of low displacement rank by their operators."""
+"""Matrices like Vandermonde and Cauchy matrices: of low displacement rank under diagonals."""
 
 from __future__ import annotations
 
@@ -8,111 +8,22 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
-from structmat._checks import check_int, check_matrix_shape, check_tensor
+from structmat._checks import check_same, check_tensor
 from structmat.base import matrix
 from structmat.matrices.diagonal import Diagonal
 from structmat.matrices.displacement import _algebra
+from structmat.matrices.displacement._project import project
 from structmat.matrices.displacement.ldr import LDR
 from structmat.matrices.displacement.operators import Shift
+from structmat.matrices.displacement.toeplitz_like import empty_generators
 
 
-def empty_generators(shape: Any, rank: int, dtype: torch.dtype | None, device: Any) -> tuple[Tensor, Tensor]:
-    """G (*batch, m, rank) and H (*batch, n, rank), not filled."""
-    batch, m, n = check_matrix_shape(shape)
-    check_int("rank", rank)
-    G = torch.empty((*batch, m, rank), dtype=dtype, device=device)
-    return G, torch.empty((*batch, n, rank), dtype=dtype, device=device)
-
-
-@matrix
-class ToeplitzLike(LDR):
-    """A matrix M with ``Z_e M - M Z_f = G H^T``; a Toeplitz matrix has rank at most 2. See :class:`LDR`.
-
-    ``M = (e - f)^-1 sum_j Z_e(g_j) Z_f(J h_j)`` if it is square, Z_f(v) the f-circulant with first column v.
-
-    Args:
-        left: G, shape (*batch, m, r), floating point or complex.
-        right: H, shape (*batch, n, r), same dtype and device; batches broadcast.
-        e: corner of the left shift; by default 1, or where that meets -1, -1.
-        f: corner of the right shift, -e by default.
-
-    Raises:
-        TypeError: if left or right is no floating-point or complex tensor, dtypes differ, or a corner is no number.
-        ValueError: if sizes, batches or devices do not match, or the shifts have a common eigenvalue.
-
-    Example:
-        >>> import structmat
-        >>> M = structmat.ToeplitzLike.random((6, 6), 2)
-        >>> M.inverse().displacement_rank, (M + M.mT.mT).displacement_rank, M.num_params
-        (2, 4, 24)
-    """
-
-    def __init__(
-        self, left: Tensor, right: Tensor, e: float | complex | None = None, f: float | complex | None = None
-    ) -> None:
-        A, B = _algebra.shifts(left, right, e, f)
-        self._set(A, B, left, right)
-
-    @classmethod
-    def random(
-        cls,
-        shape: Any,
-        rank: int,
-        e: float | complex | None = None,
-        f: float | complex | None = None,
-        *,
-        generator: torch.Generator | None = None,
-        dtype: torch.dtype | None = None,
-        device: Any = None,
-    ) -> Self:
-        """A random member whose outputs have ``nn.Linear``'s variance.
-
-        Args:
-            shape: (*batch, m, n).
-            rank: the displacement rank, at least 1.
-            e: corner of the left shift, as the constructor's.
-            f: corner of the right shift, as the constructor's.
-            generator: source of randomness.
-            dtype: the default dtype of torch if None.
-            device: the default device of torch if None.
-        """
-        G, H = empty_generators(shape, rank, dtype, device)
-        return cls(G, H, e, f).randomize_(generator=generator)
-
-
-@matrix
-class HankelLike(LDR):
-    """A matrix M with ``Z_e M - M Z_f^T = G H^T``; a Hankel matrix has rank at most 2. See :class:`LDR`.
-
-    Its columns in reverse order make a Toeplitz-like matrix. The arguments are those of :class:`ToeplitzLike`.
-
-    Example:
-        >>> import torch, structmat
-        >>> M = structmat.HankelLike.random((6, 6), 2)
-        >>> type(M @ M).__name__
-        'ToeplitzLike'
-    """
-
-    def __init__(
-        self, left: Tensor, right: Tensor, e: float | complex | None = None, f: float | complex | None = None
-    ) -> None:
-        A, B = _algebra.shifts(left, right, e, f)
-        self._set(A, B.mT, left, right)
-
-    @classmethod
-    def random(
-        cls,
-        shape: Any,
-        rank: int,
-        e: float | complex | None = None,
-        f: float | complex | None = None,
-        *,
-        generator: torch.Generator | None = None,
-        dtype: torch.dtype | None = None,
-        device: Any = None,
-    ) -> Self:
-        """A random member whose outputs have ``nn.Linear``'s variance; the arguments of :meth:`ToeplitzLike.random`."""
-        return cls(*empty_generators(shape, rank, dtype, device), e, f).randomize_(generator=generator)
+def check_nodes(name: str, nodes: Tensor, W: Tensor, size: int) -> None:
+    """Raise unless there is a node for each of so many rows or columns of W."""
+    check_tensor(name, nodes, 1)
+    check_same(name, nodes, "W", W)
+    if nodes.shape[-1] != size:
+        raise ValueError(f"{name} must have {size} entries for W of shape {tuple(W.shape)}, got {nodes.shape[-1]}")
 
 
 @matrix
@@ -143,6 +54,23 @@ class VandermondeLike(LDR):
         check_tensor("right", right, 2)
         shift = Shift(right.shape[-2], f, dtype=_algebra.dtype_for(right, f))
         self._set(Diagonal(nodes), shift, left, right)
+
+    @classmethod
+    def from_dense(cls, W: Tensor, rank: int, nodes: Tensor, f: float | complex = 1.0, sweeps: int = 30) -> Self:
+        """A matrix near W in Frobenius norm with these nodes: as :meth:`ToeplitzLike.from_dense`.
+
+        Args:
+            W: shape (*batch, m, n), floating point or complex.
+            rank: the displacement rank, from 1 to min(m, n).
+            nodes: shape (m,) or (*batch, m), dtype and device of W.
+            f: corner of the shift, of modulus 1.
+            sweeps: of least squares, at most.
+        """
+        check_tensor("W", W, 2)
+        check_nodes("nodes", nodes, W, W.shape[-2])
+        A, B = Diagonal(nodes), Shift(W.shape[-1], f, dtype=_algebra.dtype_for(W, f))
+        _algebra.check_disjoint(A, B)
+        return cls._make(A, B, *project(W, A, B, rank, sweeps))  # pyright: ignore[reportReturnType]
 
     @classmethod
     def random(
@@ -208,6 +136,24 @@ class CauchyLike(LDR):
     def to_dense(self) -> Tensor:
         s, t = self.A.diag, self.B.diag  # pyright: ignore[reportAttributeAccessIssue]
         return (self.left @ self.right.mT) / (s.unsqueeze(-1) - t.unsqueeze(-2))
+
+    @classmethod
+    def from_dense(cls, W: Tensor, rank: int, s: Tensor, t: Tensor, sweeps: int = 30) -> Self:
+        """A matrix near W in Frobenius norm with these s and t: as :meth:`ToeplitzLike.from_dense`.
+
+        Args:
+            W: shape (*batch, m, n), floating point or complex.
+            rank: the displacement rank, from 1 to min(m, n).
+            s: shape (m,) or (*batch, m), dtype and device of W.
+            t: shape (n,) or (*batch, n), likewise.
+            sweeps: of least squares, at most.
+        """
+        check_tensor("W", W, 2)
+        check_nodes("s", s, W, W.shape[-2])
+        check_nodes("t", t, W, W.shape[-1])
+        A, B = Diagonal(s), Diagonal(t)
+        _algebra.check_disjoint(A, B)
+        return cls._make(A, B, *project(W, A, B, rank, sweeps))  # pyright: ignore[reportReturnType]
 
     @classmethod
     def random(
