@@ -50,8 +50,9 @@ class Entry:
     invertible: bool = False
     dtypes: tuple[torch.dtype, ...] = tuple(TOLERANCES)
 
-    def __call__(self, dtype: torch.dtype = torch.float64, device: Any = "cpu", seed: int = 0) -> StructuredMatrix:
-        """The matrix of this dtype, device and seed."""
+    def __call__(self, dtype: torch.dtype | None = None, device: Any = "cpu", seed: int = 0) -> StructuredMatrix:
+        """The matrix of this dtype (the entry's first one if None), device and seed."""
+        dtype = self.dtypes[0] if dtype is None else dtype
         with torch.random.fork_rng():
             torch.manual_seed(seed)
             return self.make(dtype, device)

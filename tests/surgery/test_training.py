@@ -120,7 +120,7 @@ def test_sgd_momentum_is_the_velocity_of_the_product(config):
     assert (buffer - velocity).norm() < 1e-8 * velocity.norm() and buffer.dtype == torch.float64
 
 
-@pytest.mark.parametrize("entry", [e for e in market() if e().ndim == 2], ids=repr)
+@pytest.mark.parametrize("entry", [e for e in market() if e().ndim == 2 and not e().dtype.is_complex], ids=repr)
 def test_every_class_goes_on_as_a_dense_layer(entry):
     net = nn.Sequential(structmat.nn.StructuredLinear(entry(seed=1)))
     m, n = net[0].out_features, net[0].in_features
