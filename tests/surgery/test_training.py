@@ -133,7 +133,7 @@ def test_every_class_goes_on_as_a_dense_layer(entry):
     loss().backward()
     optimizer.step()
     before, factors = loss().item(), list(net[0].weight.parameters())
-    velocity, step = torch.zeros(m, n, dtype=torch.float64), 1e-5
+    velocity, step = torch.zeros(m, n, dtype=torch.float64), 1e-6
     for sign in (-1, 1):
         moved = copy.deepcopy(net)
         for p, q in zip(factors, moved[0].weight.parameters(), strict=True):

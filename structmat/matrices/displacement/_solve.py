@@ -90,8 +90,9 @@ def eliminate(M: Any, b: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     flat = [p.reshape(-1, *p.shape[len(batch) :]) for p in parts]
     x, phase, size, ratio = cauchy_like_solve(*flat)
     if bool((~(ratio > n * torch.finfo(torch.float64).eps)).any()):
+        least = float(ratio.nan_to_num(0.0).min())
         raise LinAlgError(
-            f"the matrix is singular to double precision: the smallest pivot is {float(ratio.min()):.1e} of the largest"
+            f"the matrix is singular to double precision: the smallest pivot is {least:.1e} of the largest"
         )
     x = x.unflatten(0, batch) if batch else x.squeeze(0)
     if right is not None:
