@@ -1,8 +1,9 @@
-"""Make the plots, and with --docs docs/benchmarks.md and docs/sparse_training_results.md, from the committed results.
+"""Make the plots, and with --docs docs/benchmarks.md, sparse_training_results.md and displacement_results.md there.
 
     python benchmarks/plots.py [--docs]
 
-The same files make the same page. A plot names the digest of the rows that it was made from.
+All from the committed results; the same files make the same pages. A plot names the digest of the rows that it was made
+from.
 """
 
 from __future__ import annotations
@@ -13,14 +14,14 @@ from pathlib import Path
 from typing import Any
 
 import matplotlib
-from harness import training_page
+from harness import ldr_page, training_page
 from harness.cases.linear import FOUR, SQRT
 from harness.page import page, runs
 from harness.problem import FORWARD, TRAINING
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
-from harness import training_plots
+from harness import ldr_plots, training_plots
 from matplotlib.axes import Axes
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -160,22 +161,50 @@ def draw_trainings(results: Path, folder: Path) -> list[Path]:
     return written
 
 
+def displacement_rows(results: Path) -> dict[str, list[Row]]:
+    """The rows that the plots of displacement structure are made from, by the plots' names."""
+    found = {
+        f"displacement-{name.removeprefix('train-')}": rows
+        for name, _, rows in ldr_page.committed(results, "train-ldr-*")
+    }
+    for kind in (ldr_page.PRODUCTS, ldr_page.SOLVES):
+        found |= {name: rows for name, _, rows in ldr_page.committed(results, kind)}
+    return found
+
+
+def draw_displacement(results: Path, folder: Path) -> list[Path]:
+    """Write the plots of trainings, products and solves with displacement structure."""
+    folder.mkdir(parents=True, exist_ok=True)
+    written = []
+    kinds = {ldr_page.PRODUCTS: "products", ldr_page.SOLVES: "solves"}
+    with plt.rc_context(PARAMETERS):
+        for name, rows in displacement_rows(results).items():
+            figure = ldr_plots.against_n(rows, kinds[name]) if name in kinds else ldr_plots.trainings(rows)
+            path = folder / f"{name}.svg"
+            figure.savefig(path, metadata={"Date": None, "Creator": None, "Description": f"rows {digest(rows)}"})
+            plt.close(figure)
+            written.append(path)
+    return written
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--results", type=Path, default=RESULTS)
     parser.add_argument("--docs", action="store_true", help="also write the pages")
     parser.add_argument("--out", type=Path, default=ROOT / "docs" / "_static", help="folder of the plots")
     args = parser.parse_args()
-    for path in [*draw(args.results, args.out), *draw_trainings(args.results, args.out)]:
-        print(path)
+    for make in (draw, draw_trainings, draw_displacement):
+        for path in make(args.results, args.out):
+            print(path)
     if args.docs:
         target = ROOT / "docs" / "benchmarks.md"
         target.write_text(page(args.results), encoding="utf-8")
         print(target)
-        if text := training_page.page(args.results):
-            target = ROOT / "docs" / training_page.NAME
-            target.write_text(text, encoding="utf-8")
-            print(target)
+        for module in (training_page, ldr_page):
+            if text := module.page(args.results):
+                target = ROOT / "docs" / module.NAME
+                target.write_text(text, encoding="utf-8")
+                print(target)
 
 
 if __name__ == "__main__":
