@@ -15,9 +15,10 @@ class ScatterbrainAttention(BlockSparseAttention):
 
     With s_ij = q_i k_j^T / sqrt(d), the output is ``A v`` over the row sums of A, where A_ij = exp(s_ij) if the mask
     allows the blocks of i and j, and else A_ij = phi(q_i) phi(k_j)^T, the features' estimate of exp(s_ij):
-    phi(x) = exp(w x / d^(1/4) - |x|^2 / (2 sqrt(d))) / sqrt(f) for f directions w. So every position sees every other
-    (of those up to it, if causal). The estimate is unbiased, and its variance grows as exp(|q + k|^2 / sqrt(d)): it is
-    made for moderate scores, and large ones belong to the mask. A full mask gives softmax attention exactly.
+    ``phi(x) = exp(w x / d^(1/4) - |x|^2 / (2 sqrt(d))) / sqrt(f)`` for f directions w. So every position sees every
+    other (of those up to it, if causal). The estimate is unbiased, and its variance grows as
+    ``exp(|q + k|^2 / sqrt(d))``: it is made for moderate scores, and large ones belong to the mask. A full mask gives
+    softmax attention exactly.
 
     Far blocks are summed by themselves, each with scales of its own: nothing is subtracted, and nothing overflows.
 

@@ -65,16 +65,16 @@ def copy_nodes_(value: Any, kind: str, rank: int) -> None:
 class LDRLinear(StructuredLinear):
     """A linear layer whose weight has low displacement rank, under operators that are learned or fixed.
 
-    ===============  ================================  ==============================================
-    kind             weight                            learned, of m outputs and n inputs
-    ===============  ================================  ==============================================
+    ===============  ==================================  ======================================
+    kind             weight                              learned, of m outputs and n inputs
+    ===============  ==================================  ======================================
     "subdiagonal"    :class:`structmat.LDRSubdiagonal`   generators, 1 diagonal of each operator
     "tridiagonal"    :class:`structmat.LDRTridiagonal`   generators, 3 diagonals of each operator
     "toeplitz"       :class:`structmat.ToeplitzLike`     generators: r (m + n) numbers
     "hankel"         :class:`structmat.HankelLike`       generators
     "vandermonde"    :class:`structmat.VandermondeLike`  generators, m nodes
     "cauchy"         :class:`structmat.CauchyLike`       generators, m + n nodes
-    ===============  ================================  ==============================================
+    ===============  ==================================  ======================================
 
     Args:
         in_features: size of the last dimension of the input.

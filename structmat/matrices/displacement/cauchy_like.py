@@ -47,7 +47,7 @@ class VandermondeLike(LDR):
         >>> import torch, structmat
         >>> M = structmat.VandermondeLike(torch.tensor([0.5, -0.5]), torch.ones(2, 1), torch.ones(3, 1))
         >>> M.shape, (M.mT @ M).displacement_rank
-        (torch.Size([2, 3]), 2)
+        (torch.Size([2, 3]), 3)
     """
 
     def __init__(self, nodes: Tensor, left: Tensor, right: Tensor, f: float | complex = 1.0) -> None:

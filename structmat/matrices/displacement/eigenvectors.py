@@ -19,7 +19,7 @@ class ShiftEigenvectors(StructuredMatrix):
     """The unitary U with ``Z_f U = U diag(values)`` for a corner of modulus 1; its transpose or inverse.
 
     ``U[i, k] = exp(i (2 pi k - arg f) i / n) / sqrt(n)``: a DFT matrix after a diagonal one. For f of another modulus U
-    has the rows of that matrix times |f|^(-i/n), and is not unitary. No parameters; a product takes one FFT of n
+    has the rows of that matrix times ``|f|^(-i/n)``, and is not unitary. No parameters; a product takes one FFT of n
     numbers. It has no tensors of its own, so that ``dtype`` and ``place`` say what it multiplies.
 
     Args:

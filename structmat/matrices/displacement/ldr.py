@@ -48,7 +48,7 @@ class LDR(StructuredMatrix):
 
     Not of every size is every pair of shifts allowed: Z_e of size m and Z_f of size n have a common eigenvalue if
     ``e^(n/g) = f^(m/g)``, g = gcd(m, n). The error of products grows with the reciprocal of the least distance of two
-    eigenvalues, for |e| = |f| = 1 about n / g.
+    eigenvalues, for corners of modulus 1 about n / g.
 
     Args:
         A: m x m, a :class:`Shift` or :class:`~structmat.Diagonal`.
