@@ -153,8 +153,7 @@ class LDRSubdiagonal(_KrylovLDR):
 
     With K(A, g) = [g, A g, A^2 g, ...] that is ``sum_j K(A, g_j) K(B^T, h_j)^T``. A has a[i] in row i + 1 and column i,
     and of m entries the last one in its top right corner; B likewise. If all entries are 1 and the corners of opposite
-    sign, M is a :class:`structmat.ToeplitzLike` matrix; without corners, a sum of products of lower and upper
-    triangular ones.
+    sign, M is a :class:`structmat.HankelLike` matrix of rank r: powers of A move down and those of B to the left.
 
     ``M - A M B`` has at most r columns that are independent, of random members exactly r (if min(m, n) >= r): without
     corners the powers end by themselves, and with them ``A^m`` or ``B^n`` is a multiple of the identity.
