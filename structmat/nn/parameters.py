@@ -67,10 +67,14 @@ class MatrixParameters(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> MatrixParameters:
         super()._apply(fn, recurse)
-        # A permutation's dtype is structure, not a tensor: it follows what happens to the tensors.
-        self._context = tuple(
-            fn(torch.empty(0, dtype=c)).dtype if isinstance(c, torch.dtype) else c for c in self._context
-        )
+        # A permutation's dtype and a shift's place are structure, not tensors: they follow what happens to the tensors.
+
+        def follow(name: str, const: Any) -> Any:
+            if name == "place":
+                return str(fn(torch.empty(0, device=const)).device)
+            return fn(torch.empty(0, dtype=const)).dtype if isinstance(const, torch.dtype) else const
+
+        self._context = tuple(map(follow, self._matrix_class._static, self._context))
         return self
 
     def __getattr__(self, name: str) -> Any:

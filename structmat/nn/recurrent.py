@@ -79,6 +79,8 @@ class StructuredLSTMCell(nn.Module):
         ):
             shape = (4, self.hidden_size, size)
             build: Any = Dense.random if make is None else getattr(make, "random", make)
+            if not callable(build):
+                raise TypeError(f"{name} must be a function or a config, got {type(make).__name__}")
             value = build(shape, device=device, dtype=dtype)
             if not isinstance(value, StructuredMatrix):
                 raise TypeError(f"{name} must make a StructuredMatrix, got {type(value).__name__}")

@@ -77,6 +77,8 @@ def toeplitz_lstsq(T: Toeplitz, b: Tensor) -> Tensor:
     wide = torch.complex128 if T.dtype.is_complex else torch.float64
     check_same("b", b, "the matrix", T.diagonals)
     columns, A = (b.unsqueeze(-1) if vector else b).to(wide), T.to(wide)
+    if columns.shape[-2] != m:
+        raise ValueError(f"b must have {m} rows, got shape {tuple(b.shape)}")
     adjoint = A.mT.conj()
     # Under (Z_1, Z_0) and (Z_0, Z_-1), whose product has (Z_1, Z_-1) whatever the sizes.
     left, right = adjoint.to_ldr(1.0, 0.0), A.to_ldr(0.0, -1.0)

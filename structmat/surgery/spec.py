@@ -118,6 +118,8 @@ def build(spec: Any, prefix: str, read: Callable[[str], Tensor]) -> StructuredMa
         else:
             fields[name] = build(item, f"{prefix}{name}.", read)
     fields |= {name: from_json(item) for name, item in spec["static"].items()}
+    if "place" in fields:  # that of the machine which wrote it
+        fields["place"] = "cpu"
     names = (*cls._dynamic, *cls._static)
     if set(fields) != set(names):
         raise ValueError(f"{cls.__name__} has the fields {', '.join(names)}, the description {', '.join(fields)}")

@@ -349,3 +349,82 @@ def test_conversions_are_the_same_matrix(corners, cls, shape):
         ToeplitzLike.random((3, 3), 1).convert("cauchy")
     with pytest.raises(ValueError, match="with_shifts"):
         ToeplitzLike.random((3, 3), 1, 0.0, 1.0, dtype=COMPLEX).convert("cauchy")
+
+
+@pytest.mark.parametrize("n", [1, 4, 7])
+@pytest.mark.parametrize("dtype", [torch.complex64, COMPLEX])
+def test_products_whose_outer_operators_meet(n, dtype):
+    # Nodes of a random member for f = 1 are the eigenvalues of the shift with corner -1.
+    V = VandermondeLike.random((n, n), 2, generator=seeded(), dtype=dtype)
+    T = ToeplitzLike.random((n, n), 2, 1.0, -1.0, generator=seeded(1), dtype=dtype)
+    for one, two in ((V, T), (T.mT, V.mT)):
+        assert_close(
+            (one @ two).to_dense(), one.to_dense() @ two.to_dense(), 2e-5 if dtype == torch.complex64 else 1e-12
+        )
+        assert isinstance(one @ two, LDR)
+        assert (one @ two).displacement_rank <= 2 + 2 + 2
+
+
+def test_products_of_diagonals_with_common_numbers_are_lazy():
+    s, t, u = (torch.tensor(v, dtype=torch.float64) for v in ([1.0, 2, 3], [10.0, 20, 30], [3.0, 4, 5]))
+    real = {"dtype": torch.float64}
+    one = CauchyLike(s, t, draw(3, 1, **real), draw(3, 1, seed=1, **real))
+    two = CauchyLike(t, u, draw(3, 1, seed=2, **real), draw(3, 1, seed=3, **real))
+    assert not isinstance(one @ two, LDR)
+    assert_close((one @ two).to_dense(), one.to_dense() @ two.to_dense())
+
+
+def test_common_numbers_are_seen_in_broadcast_batches():
+    G, H = torch.ones(2, 1), torch.ones(2, 1)
+    s, t = torch.tensor([[[1.0, 2.0]], [[3.0, 4.0]]]), torch.tensor([[5.0, 6.0], [7.0, 8.0], [9.0, 0.0]])
+    assert CauchyLike(s, t, G, H).shape == (2, 3, 2, 2)
+    with pytest.raises(ValueError, match="number in common"):
+        CauchyLike(s, torch.tensor([[5.0, 6.0], [7.0, 1.0], [9.0, 0.0]]), G, H)
+
+
+def test_nodes_at_eigenvalues_but_for_rounding_raise():
+    nodes = torch.polar(
+        torch.ones(3, dtype=torch.float64), math.pi / 4 * torch.tensor([1.0, 3, 5], dtype=torch.float64)
+    )
+    with pytest.raises(ValueError, match="no node may be"):
+        VandermondeLike(nodes, draw(3, 1), draw(8, 1))
+    with pytest.raises(ValueError, match="no node may be"):  # 0.3^128 is 0 in float32
+        VandermondeLike(torch.tensor([0.3, 0.9]), torch.ones(2, 1), torch.ones(128, 1), f=0.0)
+
+
+@pytest.mark.parametrize("n", [1, 2, 5, 8])
+@pytest.mark.parametrize("moved", [False, True])
+def test_solving_with_a_nilpotent_shift_and_roots_of_unity(n, moved):
+    angle = 2 * math.pi * torch.arange(n, dtype=torch.float64) / n
+    nodes = torch.polar(torch.ones(n, dtype=torch.float64), angle)
+    if moved:
+        nodes[0] = 0.5
+    M, b = VandermondeLike(nodes, draw(n, 2), draw(n, 2, seed=1), f=0.0), draw(n, 1, seed=2)
+    assert_close(M.linear(M.solve(b).mT).mT, b, 1e-10)
+    assert_close(M.mT.linear(M.mT.solve(b).mT).mT, b, 1e-10)
+
+
+def test_sums_keep_the_gradients_of_equal_diagonals():
+    M, N = (CauchyLike.random((4, 4), 1, generator=seeded(i)).requires_grad_() for i in range(2))
+    (M + N).to_dense().square().sum().backward()
+    assert all(t.grad is not None for t in (*M.tensors(), *N.tensors()))
+    assert (M + M).displacement_rank == 2
+
+
+def test_no_columns_no_rank_and_no_rows():
+    M = ToeplitzLike.random((4, 4), 2)
+    assert M.solve(torch.ones(4, 0)).shape == (4, 0)
+    nothing = ToeplitzLike(torch.zeros(4, 0), torch.zeros(4, 0))
+    assert_close(nothing.to_dense(), torch.zeros(4, 4))
+    with pytest.raises(torch.linalg.LinAlgError, match="singular"):
+        nothing.solve(torch.ones(4))
+    with pytest.raises(ValueError, match="left must have at least one row"):
+        ToeplitzLike(torch.zeros(0, 1), torch.zeros(0, 1))
+
+
+def test_compression_finds_rank_where_terms_cancel():
+    M, N = (ToeplitzLike.random((3, 6, 6), 2, generator=seeded(i), dtype=torch.float64) for i in range(2))
+    assert (M - M).compress().displacement_rank == 1
+    assert (M + N - N).compress().displacement_rank == 2
+    uneven = ToeplitzLike(draw(6, 2) * torch.tensor([1e6, 1e-6]), draw(6, 2, seed=1) * torch.tensor([1e-6, 1e6]))
+    assert uneven.compress().displacement_rank == 2

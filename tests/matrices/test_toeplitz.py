@@ -305,3 +305,11 @@ def test_large_products_against_numpy():
     spectrum = np.fft.fft(S.column.numpy())
     assert_close(S @ x, torch.from_numpy(np.fft.ifft(spectrum * np.fft.fft(x.numpy())).real), 1e-12)
     assert A.flops < 100 * n * 16 and S.flops <= A.flops
+
+
+@pytest.mark.parametrize("f", [1, -1])
+def test_circulant_systems_without_columns_or_members(f):
+    assert sm.Circulant.random((4, 4), f).solve(torch.ones(4, 0)).shape == (4, 0)
+    none = sm.Circulant.random((0, 4, 4), f)
+    assert none.solve(torch.ones(0, 4, 1)).shape == (0, 4, 1)
+    assert none.inverse().shape == (0, 4, 4) and none.slogdet()[1].shape == (0,)

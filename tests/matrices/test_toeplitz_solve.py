@@ -195,3 +195,10 @@ def test_what_has_no_solution_is_refused():
         Hankel(draw(3), draw(4)).inverse()
     with pytest.raises(TypeError, match="float32"):
         decaying(4).to(torch.bfloat16).inverse()
+
+
+def test_iterations_under_a_default_device():
+    T, b = Toeplitz(0.5 ** torch.arange(600, dtype=torch.float64)), torch.ones(600, dtype=torch.float64)
+    with torch.device("meta"):
+        x = T.solve(b)
+    assert_close(T.matvec(x), b)

@@ -299,3 +299,15 @@ def test_lstm_trains_copies_compiles_and_casts():
 def test_errors(make, kind, text):
     with pytest.raises(kind, match=text):
         make()
+
+
+def test_places_follow_the_module():
+    value = sm.ToeplitzLike.random((6, 6), 2, dtype=torch.complex64).convert("cauchy")
+    layer = sm.nn.StructuredLinear(value, bias=False)
+    assert layer.to_empty(device="meta")(torch.ones(2, 6, dtype=torch.complex64, device="meta")).is_meta
+    assert LDRLinear(4, 4, kind="toeplitz", device="meta").to_empty(device="cpu").weight().A.device.type == "cpu"
+
+
+def test_what_makes_a_weight_must_be_callable():
+    with pytest.raises(TypeError, match="hidden_to_hidden must be a function or a config"):
+        StructuredLSTMCell(2, 3, hidden_to_hidden=3)

@@ -285,3 +285,8 @@ def test_errors_of_polynomials():
         polynomial_interpolate(draw(3), draw(4))
     with pytest.raises(ValueError, match="do not broadcast"):
         polynomial_multiply(draw(2, 3), draw(3, 3))
+
+
+def test_least_squares_name_the_right_hand_side():
+    with pytest.raises(ValueError, match="b must have 5 rows"):
+        toeplitz_lstsq(Toeplitz.random((5, 3)), torch.ones(4))

@@ -11,7 +11,7 @@ from torch import Tensor
 from structmat._checks import check_int, check_tensor
 from structmat.base import StructuredMatrix
 from structmat.matrices.diagonal import Diagonal
-from structmat.matrices.displacement._convolution import values_visible
+from structmat.matrices.displacement._convolution import values_visible, working
 from structmat.matrices.displacement.operators import Shift, check_number
 from structmat.matrices.low_rank import LowRank
 
@@ -25,10 +25,17 @@ def dtype_for(like: Tensor, *corners: float | complex) -> torch.dtype:
     return like.dtype
 
 
+def check_rows(name: str, value: Any) -> None:
+    """Raise unless a generator is a tensor with rows."""
+    check_tensor(name, value, 2)
+    if value.shape[-2] == 0:
+        raise ValueError(f"{name} must have at least one row, got shape {tuple(value.shape)}")
+
+
 def shifts(G: Any, H: Any, e: float | complex | None, f: float | complex | None) -> tuple[Shift, Shift]:
     """Z_e and Z_f for generators, with the corners that are not given."""
     for name, value in (("left", G), ("right", H)):
-        check_tensor(name, value, 2)
+        check_rows(name, value)
     m, n = G.shape[-2], H.shape[-2]
     if e is None:
         e = 1.0 if f is None else -check_number("f", f) or 1.0
@@ -66,16 +73,48 @@ def check_disjoint(A: Shift | Diagonal, B: Shift | Diagonal) -> None:
     if not all(values_visible(o.diag) for o in (A, B) if isinstance(o, Diagonal)):
         return
     if isinstance(A, Diagonal) and isinstance(B, Diagonal):
-        s, t = (o.diag.flatten(0, -2) if o.diag.ndim > 1 else o.diag.unsqueeze(0) for o in (A, B))
-        for one, two in zip(s.expand(max(len(s), len(t)), -1), t.expand(max(len(s), len(t)), -1), strict=True):
-            if len(_distinct(torch.cat([one, two]))) < len(_distinct(one)) + len(_distinct(two)):
-                raise ValueError("the diagonals A and B must not have a number in common: s_i - t_j divides")
+        if _common(A, B):
+            raise ValueError("the diagonals A and B must not have a number in common: s_i - t_j divides")
         return
     nodes, shift = (A, B) if isinstance(A, Diagonal) else (B, A)
     assert isinstance(nodes, Diagonal)
     assert isinstance(shift, Shift)
-    if bool((nodes.diag.pow(shift.n) == shift.f).any()):
+    met = distance(nodes.diag, shift.n, shift.f) <= shift.n * torch.finfo(torch.float64).eps
+    if met or bool((working(nodes.diag).pow(shift.n) == shift.f).any()):  # powers may underflow to a corner of 0
         raise ValueError(f"no node may be an eigenvalue of the shift: v^{shift.n} = {shift.f} for some of the nodes")
+
+
+def _common(A: Diagonal, B: Diagonal) -> bool:
+    """Whether two diagonals have a number in common, in a member of the batch."""
+    batch = torch.broadcast_shapes(A.diag.shape[:-1], B.diag.shape[:-1])
+    s, t = (o.diag.expand(*batch, -1).reshape(math.prod(batch), o.diag.shape[-1]) for o in (A, B))
+    return any(
+        len(_distinct(torch.cat([one, two]))) < len(_distinct(one)) + len(_distinct(two))
+        for one, two in zip(s, t, strict=True)
+    )
+
+
+def distance(nodes: Tensor, n: int, f: float | complex) -> float:
+    """The least of ``|v^n - f| / max(|v^n|, |f|)``, zero if a node is an eigenvalue of the shift; waits for values."""
+    if nodes.numel() == 0:
+        return 1.0
+    powers = nodes.detach().to(torch.complex128 if nodes.is_complex() else torch.float64).pow(n)
+    scale = powers.abs().clamp(min=max(abs(f), torch.finfo(torch.float64).tiny))
+    return float(((powers - f).abs() / scale).nan_to_num(nan=1.0, posinf=1.0).min())
+
+
+def far_corner(nodes: Tensor, n: int, known: float | complex) -> float | complex:
+    """The known corner of a shift of size n if the nodes are away from its eigenvalues, else the best of a few."""
+    size = abs(known) or 1.0
+    corners = [size, -size, 2 * size, -2 * size]
+    if known and distance(nodes, n, known) > near(nodes):
+        return known
+    return max(corners, key=lambda c: distance(nodes, n, c))
+
+
+def near(nodes: Tensor) -> float:
+    """The :func:`distance` at which half of the digits are lost."""
+    return torch.finfo(nodes.dtype).eps ** 0.5
 
 
 def _distinct(values: Tensor) -> Tensor:
@@ -96,6 +135,9 @@ def same(A: StructuredMatrix, B: StructuredMatrix) -> bool:
         return False
     if A.diag is B.diag:
         return True
+    # The result keeps one of them: of two that are learned the other would lose its gradient.
+    if A.diag.requires_grad or B.diag.requires_grad:
+        return False
     return values_visible(A.diag) and values_visible(B.diag) and torch.equal(A.diag, B.diag)
 
 
@@ -220,22 +262,38 @@ def compose(M: Any, other: Any) -> StructuredMatrix | None:
     elif not same(M.B, other.A):
         return None
     A, C = M.A, other.B
+    if isinstance(A, Shift) and isinstance(C, Diagonal):  # the case of nodes on the left
+        found = compose(other.mT, M.mT)
+        return None if found is None else found.mT
+    if isinstance(C, Shift):
+        f = _apart(A, C)
+        if f is None:
+            return None
+    elif isinstance(A, Diagonal) and (not (values_visible(A.diag) and values_visible(C.diag)) or _common(A, C)):
+        return None  # some entries of the product are not determined
     lefts, rights = [M.left, M._linear(other.left.mT).mT], [other.mT._linear(M.right.mT).mT, other.right]
     if isinstance(M.B, Shift) and M.B.f != other.A.f:
         n = M.B.n
         column, row = (n - 1, 0) if M.B.up else (0, n - 1)
         lefts.append((M.B.f - other.A.f) * _column(M, column))
         rights.append(_row(other, row))
-    if isinstance(A, Shift) and isinstance(C, Shift) and meet(A.f, A.n, C.f, C.n):
-        # A and C would not determine the product: P (C - C') is one of its columns, at another place.
-        n, f = C.n, _free_corner(A, C.n)
+    if isinstance(C, Shift) and f != C.f:  # P (C - C') is one of the product's columns, at another place
+        n = C.n
         column, to = (n - 1, 0) if C.up else (0, n - 1)
         lefts.append((C.f - f) * M._linear(_column(other, column).mT).mT)
         rights.append(_unit(other.right, n, to))
         C = C._rebuild((), (n, f, C.up, C.dtype, C.place))
-    elif isinstance(A, Diagonal) and isinstance(C, Diagonal) and same(A, C):
-        return None  # the diagonal of the product is not determined
     return M._make(A, C, join(*lefts), join(*rights))
+
+
+def _apart(A: Shift | Diagonal, C: Shift) -> float | complex | None:
+    """C's corner, or another one if A and C have a common eigenvalue with it; None where that is not known."""
+    if isinstance(A, Shift):
+        return _free_corner(A, C.n) if meet(A.f, A.n, C.f, C.n) else C.f
+    if not values_visible(A.diag):
+        return None
+    f = far_corner(A.diag, C.n, C.f)
+    return f if distance(A.diag, C.n, f) > near(A.diag) else None
 
 
 def _free_corner(A: Shift, n: int) -> float | complex:
@@ -258,8 +316,10 @@ def compress(M: Any, tol: float | None, rank: int | None) -> Any:
     (qg, rg), (qh, rh) = (torch.linalg.qr(t.to(wide)) for t in (M.left, M.right))
     u, s, vh = torch.linalg.svd(rg @ rh.mT)
     if rank is None:
-        limit = max(M.left.shape[-2:]) * torch.finfo(M.dtype).eps if tol is None else tol
-        kept = (s > limit * s[..., :1]).sum(-1)
+        # Rounding is relative to the terms of G H^T, which may cancel.
+        terms = (torch.linalg.vector_norm(rg, dim=-2) * torch.linalg.vector_norm(rh, dim=-2)).sum(-1, keepdim=True)
+        rounding = max(M.left.shape[-2:]) * torch.finfo(M.dtype).eps
+        kept = (s > (rounding * terms if tol is None else tol * s[..., :1])).sum(-1)
         rank = max(1, int(kept.max())) if kept.numel() else 1
     rank = min(rank, s.shape[-1])
     root = s[..., :rank].sqrt().unsqueeze(-2)

@@ -87,7 +87,7 @@ def eliminate(M: Any, b: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     batch = torch.broadcast_shapes(M.shape[:-2], v.shape[:-2])
     kind = torch.promote_types(torch.promote_types(G.dtype, H.dtype), torch.promote_types(s.dtype, t.dtype))
     parts = [p.to(kind).expand(*batch, *p.shape[-k:]) for p, k in ((s, 1), (t, 1), (G, 2), (H, 2), (v, 2))]
-    flat = [p.reshape(-1, *p.shape[len(batch) :]) for p in parts]
+    flat = [p.reshape(math.prod(batch), *p.shape[len(batch) :]) for p in parts]
     x, phase, size, ratio = cauchy_like_solve(*flat)
     if bool((~(ratio > n * torch.finfo(torch.float64).eps)).any()):
         least = float(ratio.nan_to_num(0.0).min())
@@ -107,10 +107,14 @@ def eliminate(M: Any, b: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _corners(M: Any) -> tuple[float | complex | None, float | complex | None]:
-    """Corners other than zero that make no common eigenvalue, in place of those that are zero."""
-    corners = [o.f if isinstance(o, Shift) else None for o in (M.A, M.B)]
-    for i, j in ((0, 1), (1, 0)):
-        if corners[i] == 0:
-            other = corners[j]
-            corners[i] = 1.0 if other is None or other == 0 else -other
-    return corners[0], corners[1]
+    """A corner other than zero that makes no common eigenvalue, in place of that which is zero."""
+    from structmat.matrices.displacement._algebra import far_corner
+
+    def corner(operator: Any, other: Any) -> float | complex | None:
+        if not isinstance(operator, Shift):
+            return None
+        if operator.f != 0:
+            return operator.f
+        return -other.f if isinstance(other, Shift) else far_corner(other.diag, operator.n, 0.0)
+
+    return corner(M.A, M.B), corner(M.B, M.A)

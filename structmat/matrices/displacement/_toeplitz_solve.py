@@ -68,7 +68,8 @@ def _iterate(T: Any, b: Tensor) -> Tensor | None:
     """
     n = T.shape[-1]
     batch = torch.broadcast_shapes(b.shape[:-2], T.shape[:-2])
-    signs = torch.randint(2, (n,), generator=torch.Generator().manual_seed(0)).to(b.device, b.dtype) * 2 - 1
+    signs = torch.randint(2, (n,), generator=torch.Generator().manual_seed(0), device="cpu")  # on every device the same
+    signs = signs.to(b.device, b.dtype) * 2 - 1
     rows = torch.cat([b.mT.expand(*batch, *b.mT.shape[-2:]), signs.expand(*batch, 1, n)], -2)
     product, norms = _product(T)
     cycle = gmres_cycle(product, _preconditioner(T), RESTART)

@@ -29,6 +29,12 @@ from structmat.matrices.displacement.toeplitz import Toeplitz
 from structmat.matrices.displacement.toeplitz_like import ToeplitzLike
 
 
+def _fft(x: Tensor, inverse: bool = False) -> Tensor:
+    if x.numel() == 0:  # which MKL refuses
+        return x.to(x.dtype.to_complex())
+    return torch.fft.ifft(x) if inverse else torch.fft.fft(x)
+
+
 @matrix
 class Circulant(StructuredMatrix):
     """A circulant matrix, ``C[i, j] = column[(i - j) mod n]``, or a skew-circulant one; n parameters.
@@ -125,19 +131,19 @@ class Circulant(StructuredMatrix):
         to ``exp(pi i (2 q + 1) k / n)``.
         """
         twist, column = self._twist(), working(self.column)
-        return torch.fft.fft(column if twist is None else column * twist)
+        return _fft(column if twist is None else column * twist)
 
     def _apply_spectrum(self, spectrum: Tensor, x: Tensor) -> Tensor:
         """The product over the last dimension with the matrix of this family that has these eigenvalues."""
         twist = self._twist()
-        found = torch.fft.ifft(spectrum * torch.fft.fft(x if twist is None else x * twist))
+        found = _fft(spectrum * _fft(x if twist is None else x * twist), inverse=True)
         found = found if twist is None else found * twist.conj()
         return found if self.dtype.is_complex else found.real
 
     def _regular_eigenvalues(self, what: str) -> Tensor:
         self._check_factorisable(what)
         eigenvalues = self.eigenvalues()
-        if values_visible(eigenvalues):
+        if values_visible(eigenvalues) and eigenvalues.numel():
             sizes = eigenvalues.detach().abs()
             floor = sizes.amax(-1) * self.shape[-1] * torch.finfo(sizes.dtype).eps
             if bool((sizes.amin(-1) <= floor).any()):
@@ -165,7 +171,7 @@ class Circulant(StructuredMatrix):
                 compilation and vmap; elsewhere nothing waits for the values. ``solve`` does the same.
         """
         spectrum, twist = self._regular_eigenvalues("inverse").reciprocal(), self._twist()
-        column = torch.fft.ifft(spectrum)
+        column = _fft(spectrum, inverse=True)
         column = column if twist is None else column * twist.conj()
         return self._like(column if self.dtype.is_complex else column.real)
 

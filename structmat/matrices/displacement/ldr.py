@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from structmat._autocast import autocast_dtype
-from structmat._checks import check_inexact, check_same, check_tensor
+from structmat._checks import check_inexact, check_same
 from structmat.base import LINEAR_STD, StructuredMatrix, matrix
 from structmat.lazy import Product
 from structmat.linalg.cauchy import BLOCK
@@ -44,7 +44,9 @@ class LDR(StructuredMatrix):
     r (m + n) parameters and those of A and B. A product takes 2 r + 2 FFTs of two shifts, r of them and 2 r m n
     operations of one, (r + 2 tokens) m n of none. Closed under transposes (rank r), sums with the same or other shifts
     (the sum of ranks, or 2 more), products (the sum, or 1 or 2 more), inverses (r) and sums with a :class:`LowRank` (2
-    of its ranks more). ``displacement_rank`` is the number of columns of G, a bound; ``compress`` finds the rank.
+    of its ranks more). Where that depends on the values of diagonals, which are equal or apart, it is so on the CPU
+    only, and in sums only if neither is learned or both are one tensor; else results are lazy. ``displacement_rank`` is
+    the number of columns of G, a bound; ``compress`` finds the rank.
 
     Not of every size is every pair of shifts allowed: Z_e of size m and Z_f of size n have a common eigenvalue if
     ``e^(n/g) = f^(m/g)``, g = gcd(m, n). The error of products grows with the reciprocal of the least distance of two
@@ -99,7 +101,7 @@ class LDR(StructuredMatrix):
 
     def _check_generators(self) -> None:
         for name in ("left", "right"):
-            check_tensor(name, getattr(self, name), 2)
+            _algebra.check_rows(name, getattr(self, name))
             check_inexact(name, getattr(self, name))
         check_same("right", self.right, "left", self.left)
         if self.left.shape[-1] != self.right.shape[-1]:
@@ -214,7 +216,8 @@ class LDR(StructuredMatrix):
 
         Args:
             tol: singular values of ``G H^T`` up to ``tol`` times the largest are dropped; by default the size of
-                G times the dtype's rounding, which finds the rank (in a batch, the largest). Waits for the values.
+                G times the dtype's rounding times ``sum_j |g_j| |h_j|``, which finds the rank (in a batch, the
+                largest) also where terms cancel. Waits for the values.
             rank: keep this many instead.
 
         Raises:
