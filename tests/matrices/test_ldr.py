@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from structmat import Diagonal, Hankel, LowRank, Toeplitz
 from structmat.linalg.cauchy import BLOCK, cauchy_like_solve
 from structmat.matrices.displacement import LDR, CauchyLike, HankelLike, Shift, ToeplitzLike, VandermondeLike
-from structmat.matrices.displacement._algebra import meet
+from structmat.matrices.displacement._pairs import meet
 from structmat.nn import StructuredLinear
 from structmat.surgery import load_file, save_file
 from structmat.testing import assert_close
@@ -263,6 +263,13 @@ def test_singular_matrices_raise():
     assert_close(M.to_dense(), torch.ones(6, 6, dtype=torch.float64))
     for call in (lambda: M.solve(ones), M.inverse, M.slogdet):
         with pytest.raises(torch.linalg.LinAlgError, match="singular"):
+            call()
+
+
+def test_entries_that_are_not_finite_are_named():
+    M = ToeplitzLike(torch.full((4, 1), torch.nan), torch.ones(4, 1))
+    for call in (lambda: M.solve(torch.ones(4)), M.inverse, M.slogdet):
+        with pytest.raises(ValueError, match="NaN or infinite"):
             call()
 
 

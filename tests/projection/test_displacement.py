@@ -109,6 +109,10 @@ def test_half_precision_and_gradients_are_not_carried():
     assert error(ToeplitzLike.from_dense(T.to_dense(), 2), T.to_dense()) < 1e-5
 
 
+def test_an_empty_batch():
+    assert ToeplitzLike.from_dense(torch.zeros(0, 4, 5), 2).shape == (0, 4, 5)
+
+
 def test_fit_of_a_zero_matrix_and_of_zero_starts():
     zero = torch.zeros(5, 4, dtype=torch.float64)
     assert not ToeplitzLike.from_dense(zero, 2).to_dense().any()

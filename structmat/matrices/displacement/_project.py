@@ -64,6 +64,8 @@ def project(W: Any, A: Any, B: Any, rank: int, sweeps: int) -> tuple[Tensor, Ten
         H = H if right is None else right.unitary(H, back, conjugate=True)
         return tuple(x.real if back and x.is_complex() and not complex_ else x for x in (G, H))  # pyright: ignore[reportReturnType]
 
+    if W.numel() == 0:  # of an empty batch
+        return W.new_zeros(*W.shape[:-2], m, rank), W.new_zeros(*W.shape[:-2], n, rank)
     found = []
     flat = work.reshape(-1, m, n)
     for i, one in enumerate(flat):

@@ -60,11 +60,14 @@ def eliminate(M: Any, b: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     In double precision whatever M's: the elimination of a matrix in float32 then has the accuracy of its entries.
 
     Raises:
-        torch.linalg.LinAlgError: if M is singular to double precision.
+        ValueError: if M has NaN or infinite entries.
+        torch.linalg.LinAlgError: if it is singular to double precision.
     """
     from structmat.matrices.displacement._algebra import with_shifts
 
     n, dtype = M.shape[-1], M.dtype
+    if not all(bool(t.isfinite().all()) for t in M.tensors()):
+        raise ValueError("the matrix has NaN or infinite entries in its generators or nodes")
     M = M.to(torch.complex128 if dtype.is_complex else torch.float64)
     if any(isinstance(o, Shift) and o.f == 0 for o in (M.A, M.B)):  # no eigenvectors: another corner, rank + 1
         M = with_shifts(M, *_corners(M))
@@ -108,7 +111,7 @@ def eliminate(M: Any, b: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 def _corners(M: Any) -> tuple[float | complex | None, float | complex | None]:
     """A corner other than zero that makes no common eigenvalue, in place of that which is zero."""
-    from structmat.matrices.displacement._algebra import far_corner
+    from structmat.matrices.displacement._pairs import far_corner
 
     def corner(operator: Any, other: Any) -> float | complex | None:
         if not isinstance(operator, Shift):

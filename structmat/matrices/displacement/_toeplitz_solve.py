@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from structmat.linalg.krylov import Apply, gmres_cycle, iterate, norm
-from structmat.matrices.displacement import _algebra
+from structmat.matrices.displacement import _algebra, _pairs
 from structmat.matrices.displacement._convolution import good_size, transform, untransform
 from structmat.matrices.displacement._solve import eliminate
 from structmat.matrices.displacement.toeplitz_like import ToeplitzLike
@@ -26,7 +26,7 @@ TOLERANCE = 1e-13
 def toeplitz_like(T: Any, e: float | complex | None, f: float | complex | None) -> ToeplitzLike:
     """``Z_e T - T Z_f``, which has a first row and a last column only."""
     m, n = T.shape[-2:]
-    A, B = _algebra.shifts(T.column.unsqueeze(-1), T.row.unsqueeze(-1), e, f)
+    A, B = _pairs.shifts(T.column.unsqueeze(-1), T.row.unsqueeze(-1), e, f)
     d = T.diagonals
     # Last column: T[i - 1, n - 1] - f T[i, 0]; of the corner, which the row has as well, only the second term.
     column = torch.cat([torch.zeros_like(d[..., :1]), d[..., : m - 1]], -1) - B.f * T.column

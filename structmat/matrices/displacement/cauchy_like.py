@@ -11,7 +11,7 @@ from torch import Tensor
 from structmat._checks import check_same, check_tensor
 from structmat.base import matrix
 from structmat.matrices.diagonal import Diagonal
-from structmat.matrices.displacement import _algebra
+from structmat.matrices.displacement import _pairs
 from structmat.matrices.displacement._project import project
 from structmat.matrices.displacement.ldr import LDR
 from structmat.matrices.displacement.operators import Shift
@@ -52,7 +52,7 @@ class VandermondeLike(LDR):
 
     def __init__(self, nodes: Tensor, left: Tensor, right: Tensor, f: float | complex = 1.0) -> None:
         check_tensor("right", right, 2)
-        shift = Shift(right.shape[-2], f, dtype=_algebra.dtype_for(right, f))
+        shift = Shift(right.shape[-2], f, dtype=_pairs.dtype_for(right, f))
         self._set(Diagonal(nodes), shift, left, right)
 
     @classmethod
@@ -68,8 +68,8 @@ class VandermondeLike(LDR):
         """
         check_tensor("W", W, 2)
         check_nodes("nodes", nodes, W, W.shape[-2])
-        A, B = Diagonal(nodes), Shift(W.shape[-1], f, dtype=_algebra.dtype_for(W, f))
-        _algebra.check_disjoint(A, B)
+        A, B = Diagonal(nodes), Shift(W.shape[-1], f, dtype=_pairs.dtype_for(W, f))
+        _pairs.check_disjoint(A, B)
         return cls._make(A, B, *project(W, A, B, rank, sweeps))  # pyright: ignore[reportReturnType]
 
     @classmethod
@@ -152,7 +152,7 @@ class CauchyLike(LDR):
         check_nodes("s", s, W, W.shape[-2])
         check_nodes("t", t, W, W.shape[-1])
         A, B = Diagonal(s), Diagonal(t)
-        _algebra.check_disjoint(A, B)
+        _pairs.check_disjoint(A, B)
         return cls._make(A, B, *project(W, A, B, rank, sweeps))  # pyright: ignore[reportReturnType]
 
     @classmethod

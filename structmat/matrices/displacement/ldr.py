@@ -16,7 +16,7 @@ from structmat.linalg.cauchy import BLOCK
 from structmat.linalg.implicit import implicit_logdet, implicit_solve
 from structmat.matrices._blocks import uniform_
 from structmat.matrices.diagonal import Diagonal
-from structmat.matrices.displacement import _algebra
+from structmat.matrices.displacement import _algebra, _pairs
 from structmat.matrices.displacement._convert import convert
 from structmat.matrices.displacement._convolution import good_size, working
 from structmat.matrices.displacement._ldr_products import (
@@ -97,11 +97,11 @@ class LDR(StructuredMatrix):
                     f"got {operator.shape[-1]}"
                 )
         _ = self.shape
-        _algebra.check_disjoint(self.A, self.B)
+        _pairs.check_disjoint(self.A, self.B)
 
     def _check_generators(self) -> None:
         for name in ("left", "right"):
-            _algebra.check_rows(name, getattr(self, name))
+            _pairs.check_rows(name, getattr(self, name))
             check_inexact(name, getattr(self, name))
         check_same("right", self.right, "left", self.left)
         if self.left.shape[-1] != self.right.shape[-1]:

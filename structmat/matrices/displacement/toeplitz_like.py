@@ -9,7 +9,7 @@ from torch import Tensor
 
 from structmat._checks import check_int, check_matrix_shape, check_tensor
 from structmat.base import matrix
-from structmat.matrices.displacement import _algebra
+from structmat.matrices.displacement import _pairs
 from structmat.matrices.displacement._project import project
 from structmat.matrices.displacement.ldr import LDR
 
@@ -48,7 +48,7 @@ class ToeplitzLike(LDR):
     def __init__(
         self, left: Tensor, right: Tensor, e: float | complex | None = None, f: float | complex | None = None
     ) -> None:
-        A, B = _algebra.shifts(left, right, e, f)
+        A, B = _pairs.shifts(left, right, e, f)
         self._set(A, B, left, right)
 
     @classmethod
@@ -74,7 +74,7 @@ class ToeplitzLike(LDR):
             ValueError: if the rank is out of range, a corner has another modulus, or W has NaN or infinite entries.
         """
         check_tensor("W", W, 2)
-        A, B = _algebra.shifts(W, W.mT, e, f)
+        A, B = _pairs.shifts(W, W.mT, e, f)
         return cls._make(A, B, *project(W, A, B, rank, sweeps))  # pyright: ignore[reportReturnType]
 
     @classmethod
@@ -120,7 +120,7 @@ class HankelLike(LDR):
     def __init__(
         self, left: Tensor, right: Tensor, e: float | complex | None = None, f: float | complex | None = None
     ) -> None:
-        A, B = _algebra.shifts(left, right, e, f)
+        A, B = _pairs.shifts(left, right, e, f)
         self._set(A, B.mT, left, right)
 
     @classmethod
@@ -129,7 +129,7 @@ class HankelLike(LDR):
     ) -> Self:
         """A matrix near W in Frobenius norm: :meth:`ToeplitzLike.from_dense` with the columns in reverse order."""
         check_tensor("W", W, 2)
-        A, B = _algebra.shifts(W, W.mT, e, f)
+        A, B = _pairs.shifts(W, W.mT, e, f)
         left, right = project(W.flip(-1), A, B, rank, sweeps)
         return cls._make(A, B.mT, left, right.flip(-2))  # pyright: ignore[reportReturnType]
 
