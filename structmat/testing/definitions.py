@@ -32,8 +32,8 @@ from structmat.matrices import (
     Toeplitz,
     Vandermonde,
 )
-from structmat.matrices.displacement import LDR, LDRSubdiagonal, LDRTridiagonal, Shift, ShiftEigenvectors
-from structmat.testing.displacement import dense_eigenvectors, dense_krylov, dense_ldr, dense_shift
+from structmat.matrices.displacement import LDR, Companion, LDRSubdiagonal, LDRTridiagonal, Shift, ShiftEigenvectors
+from structmat.testing.displacement import dense_companion, dense_eigenvectors, dense_krylov, dense_ldr, dense_shift
 
 
 def dense_by_definition(A: StructuredMatrix) -> Tensor:
@@ -58,6 +58,8 @@ def dense_by_definition(A: StructuredMatrix) -> Tensor:
     if isinstance(A, Pixelfly):
         gamma = A.gamma[..., None]
         return gamma * dense_by_definition(A.block_sparse) + (1 - gamma) * dense_by_definition(A.low_rank)
+    if isinstance(A, Companion):
+        return dense_companion(A)
     if isinstance(A, ShiftEigenvectors):
         return dense_eigenvectors(A)
     if isinstance(A, Shift):

@@ -14,6 +14,7 @@ from structmat.matrices import Fastfood
 from structmat.matrices.displacement import (
     LDR,
     CauchyLike,
+    Companion,
     HankelLike,
     LDRSubdiagonal,
     LDRTridiagonal,
@@ -42,6 +43,10 @@ def entries() -> Iterator[tuple[str, Make, bool]]:
     yield "shifteigenvectors", lambda dt, dev: ShiftEigenvectors(6, -1.0, dtype=dt, place=str(dev)), True
     yield "shifteigenvectors-corner", lambda dt, dev: ShiftEigenvectors(5, 0.5, True, dtype=dt, place=str(dev)), True
     yield "shifteigenvectors-inverted", lambda dt, dev: ShiftEigenvectors(3, 1j, False, True, dt, str(dev)), True
+    yield "companion", _random(Companion, (5, 5)), True
+    yield "companion-transposed", _transposed(_random(Companion, (4, 4))), True
+    yield "companion-one", _random(Companion, (1, 1)), True
+    yield "companion-batch", _random(Companion, (2, 3, 3)), True
     yield "toeplitzlike", _random(ToeplitzLike, (6, 6), 2), True
     yield "toeplitzlike-prime", _random(ToeplitzLike, (7, 5), 3), False
     yield "toeplitzlike-wide", _random(ToeplitzLike, (4, 8), 1), False
@@ -91,6 +96,16 @@ def dense_eigenvectors(U: StructuredMatrix) -> Tensor:
     dense = torch.tensor(rows, dtype=torch.complex128, device=U.device)
     dense = dense.mT if U.transposed else dense
     return (torch.linalg.inv(dense) if U.inverted else dense).to(U.dtype)
+
+
+def dense_companion(C: StructuredMatrix) -> Tensor:
+    """The subdiagonal of ones and the last column, entry by entry."""
+    assert isinstance(C, Companion)
+    n = C.shape[-1]
+    below = torch.tensor([[float(i == j + 1) for j in range(n)] for i in range(n)], dtype=C.dtype, device=C.device)
+    last = torch.tensor([float(j == n - 1) for j in range(n)], dtype=C.dtype, device=C.device)
+    dense = below - C.coefficients.unsqueeze(-1) * last
+    return dense.mT if C.transposed else dense
 
 
 def dense_shift(A: StructuredMatrix) -> Tensor:
