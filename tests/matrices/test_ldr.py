@@ -285,6 +285,10 @@ def test_errors_name_what_is_wrong():
         LDR(Shift(3), Shift(5, -1.0), G, H)
     with pytest.raises(TypeError, match="Shift or a Diagonal"):
         LDR(LowRank(G, H.mT), Shift(5), G, H)  # pyright: ignore[reportArgumentType]
+    with pytest.raises(ValueError, match="powers of the shift overflow"):
+        ToeplitzLike.random((5000, 3), 1, -1.0, 2.0)
+    with pytest.raises(ValueError, match="powers of the shift overflow"):
+        ToeplitzLike.random((3, 5000), 1, 0.5, 0.0)
     with pytest.raises(ValueError, match="in common"):
         CauchyLike(torch.arange(4.0), torch.arange(3.0, 8.0), G, H)
     with pytest.raises(ValueError, match="eigenvalue of the shift"):

@@ -59,9 +59,20 @@ def meet(e: float | complex, m: int, f: float | complex, n: int) -> bool:
     return abs(lengths) <= small and abs(turns - round(turns)) <= small
 
 
+#: Of numbers that float32 holds.
+_LARGEST_LOG = 80.0
+
+
 def check_disjoint(A: Shift | Diagonal, B: Shift | Diagonal) -> None:
     """Raise if A and B have a common eigenvalue, where that is known without waiting."""
     if isinstance(A, Shift) and isinstance(B, Shift):
+        for name, one, other in (("A", A, B), ("B", B, A)):
+            # Products take powers of one shift up to the other's size.
+            if one.f and abs(math.log(abs(one.f))) * other.n / one.n > _LARGEST_LOG:
+                raise ValueError(
+                    f"the corner {one.f} of {name} is too far from modulus 1 for sizes {A.n} and {B.n}: powers of the "
+                    "shift overflow"
+                )
         if meet(A.f, A.n, B.f, B.n):
             raise ValueError(
                 f"the shifts of sizes {A.n} and {B.n} with corners {A.f} and {B.f} have a common eigenvalue: the "
