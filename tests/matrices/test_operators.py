@@ -69,6 +69,9 @@ def test_errors():
         shift_power(Shift(3), -1)
     with pytest.raises(TypeError, match="must be a Shift"):
         shift_power(Diagonal(torch.ones(2)), 2)
+    for C in (Companion(torch.zeros(3)), Companion(torch.zeros(3)).mT):
+        with pytest.raises(torch.linalg.LinAlgError, match="singular"):
+            C.solve(torch.ones(3))
     with pytest.raises(ValueError, match="at least one entry"):
         Companion(torch.ones(0))
     with pytest.raises(ValueError, match="square"):

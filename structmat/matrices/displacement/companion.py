@@ -10,6 +10,7 @@ from torch import Tensor
 from structmat._checks import check_inexact, check_matrix_shape, check_tensor
 from structmat.base import LINEAR_STD, StructuredMatrix, matrix, static
 from structmat.matrices._blocks import uniform_
+from structmat.matrices.displacement._convolution import LinAlgError, values_visible
 
 
 @matrix
@@ -27,6 +28,7 @@ class Companion(StructuredMatrix):
     Raises:
         TypeError: if coefficients is not a floating-point or complex tensor.
         ValueError: if it has no entries.
+        torch.linalg.LinAlgError: on a solve, if c_0 is 0 (seen on the CPU; elsewhere the result is not finite).
 
     Example:
         >>> import torch, structmat
@@ -69,6 +71,8 @@ class Companion(StructuredMatrix):
         return 3 * self.coefficients.numel()
 
     def _solve(self, b: Tensor) -> Tensor:
+        if values_visible(self.coefficients) and bool((self.coefficients[..., 0] == 0).any()):
+            raise LinAlgError("a companion matrix with c_0 = 0 is singular: the polynomial has the root 0")
         y, c = b.mT, self.coefficients.unsqueeze(-2)
         if self.transposed:  # x[1:] = y[:-1] and c . x = -y[-1]
             first = -(y[..., -1:] + (c[..., 1:] * y[..., :-1]).sum(-1, keepdim=True)) / c[..., :1]
