@@ -6,9 +6,10 @@
     python benchmarks/train_images.py --data FOLDER --smoke --device cpu  # tiny: only that it runs
 
 Phases: `prewarm` compiles kernels in many processes at once; `time` measures the steps of all variants in one quiet
-process, `wide` those of wide Mixers on made-up data; `train` trains in several processes at once, seed by seed, so
-that a time limit costs whole seeds. Test images are seen after every epoch, and nothing is chosen by them: the accuracy
-of a run is that after its last epoch.
+process, `wide` those of wide Mixers on made-up data; `pilot` trains the dense models at several rates on half of the
+training images, and the one that does best on the other half is the rate of all structures; `train` trains in several
+processes at once, seed by seed, so that a time limit costs whole seeds. Test images are seen after every epoch,
+and nothing is chosen by them: the accuracy of a run is that after its last epoch.
 
 Writes results/train-images-<device>.csv and .json (trainings, with their curves) and results/step-times-images-<device>
 .csv and .json, after every training and every model. The exit status is 1 if a run failed.
@@ -34,7 +35,7 @@ from harness.steptimes import image_data, measure, times_table
 from harness.structures import STRUCTURES
 
 HERE = Path(__file__).resolve().parent
-PHASES = ("prewarm", "time", "wide", "train")
+PHASES = ("prewarm", "time", "wide", "pilot", "train")
 COLUMNS = (
     *("model", "structure", "ratio", "share", "params", "layer_params", "seed", "status", "graph", "lr", "epochs"),
     *("accuracy", "train_loss", "seconds"),
@@ -49,8 +50,9 @@ SMOKE = {
     "ViT": Size("vit", dim=64, depth=1, batch=32),
 }
 SMOKE_WIDE = {"Mixer 128": Size("mixer", dim=128, depth=1, batch=2, image=32)}
-#: Of a batch of 512. The papers of Monarch and Pixelfly train their models with the dense ones' rates; so do we.
-LR = 1e-3
+#: That of a model without a pilot, and those of pilots. The papers of Monarch and Pixelfly train their models with the
+#: dense ones' rates; so do we.
+LR, RATES = 1e-3, (5e-4, 1e-3, 2e-3, 4e-3)
 
 
 def arguments(given: list[str] | None = None) -> argparse.Namespace:
@@ -61,17 +63,16 @@ def arguments(given: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--ratios", nargs="+", type=float, default=[0.5, 0.25, 0.125])
     parser.add_argument("--seeds", type=int, default=3, help="how many")
     parser.add_argument("--epochs", type=int, default=8)
-    parser.add_argument("--lr", nargs="+", default=[], metavar="X or STRUCTURE=X", help=f"learning rates; {LR}")
+    parser.add_argument("--lr", nargs="+", default=[], metavar="X or MODEL=X", help=f"learning rates; {LR}")
     parser.add_argument("--depth", type=int, help="of the models")
     parser.add_argument("--batch", type=int, help="images in a batch")
     parser.add_argument("--patch", type=int, help="side of a patch")
     parser.add_argument("--count", type=int, help="only so many training and test images")
-    parser.add_argument("--pilot", action="store_true", help="test on training images that are not trained on")
     parser.add_argument("--smoke", action="store_true", help="tiny models, 512 images, one epoch")
     add_arguments(parser, PHASES, prewarm=12)
     args = parser.parse_args(given)
-    settle(args, PHASES, HERE, pilot=args.smoke or args.pilot or args.count is not None)
-    if "train" in args.phases and args.data is None:
+    settle(args, PHASES, HERE, pilot=args.smoke or args.count is not None)
+    if {"pilot", "train"} & set(args.phases) and args.data is None:
         parser.error("--data FOLDER is needed to train")
     if args.smoke:
         args.count, args.epochs = args.count or 512, min(args.epochs, 2)
@@ -80,12 +81,12 @@ def arguments(given: list[str] | None = None) -> argparse.Namespace:
 
 
 def rates(given: list[str], parser: argparse.ArgumentParser) -> dict[str, float]:
-    """The learning rate of every structure."""
-    found: dict[str, float] = dict.fromkeys(STRUCTURES, LR)
+    """The learning rate of every model."""
+    found: dict[str, float] = dict.fromkeys(MODELS, LR)
     for text in given:
         name, _, value = text.rpartition("=")
         if name and name not in found:
-            parser.error(f"--lr: {name!r} is not one of {', '.join(STRUCTURES)}")
+            parser.error(f"--lr: {name!r} is not one of {', '.join(MODELS)}")
         found.update({name: float(value)} if name else dict.fromkeys(found, float(value)))
     return found
 
@@ -109,13 +110,13 @@ class ImagesRun(Run):
 
     def __init__(self, args: argparse.Namespace) -> None:
         facts = {"sizes": {name: dataclasses.asdict(size) for name, size in sizes(args).items()}, "rates": args.rates}
-        super().__init__(args, "images", ("models", "structures", "ratios", "seeds", "epochs", "count", "pilot"), facts)
+        super().__init__(args, "images", ("models", "structures", "ratios", "seeds", "epochs", "count"), facts)
 
     def tasks(self, epochs: int) -> list[Task]:
         jobs = self.args.jobs if epochs else self.args.prewarm
-        options = (self.args.data, self.args.count, self.args.pilot, self.args.device, (jobs, self.cores))
+        options = (self.args.data, self.args.count, False, self.args.device, (jobs, self.cores))
         return [
-            Task(name, size, structure, ratio, seed, epochs, self.args.rates[structure], *options)
+            Task(name, size, structure, ratio, seed, epochs, self.args.rates[name], *options)
             for seed in range(self.args.seeds if epochs else 1)
             for name, size in sizes(self.args).items()
             for structure, ratio in variants(self.args)
@@ -156,6 +157,24 @@ class ImagesRun(Run):
         self.save_times(rows, facts)
 
     # ---------------------------------------------------------------- trainings
+    def pilot(self) -> None:
+        """Take the rate of every model at which the dense one does best on training images that are held out."""
+        epochs = self.epochs()
+        options = (self.args.data, self.args.count, True, self.args.device, (self.args.jobs, self.cores))
+        models = sizes(self.args).items()
+        tasks = [Task(name, size, "dense", 1.0, 0, epochs, lr, *options) for name, size in models for lr in RATES]
+        rows: list[dict[str, Any]] = []
+        for task, result in run_tasks(train, tasks, self.args.jobs, self.deadline):
+            row = {"model": task.model, "lr": task.lr, "epochs": epochs, "status": result["status"], "accuracy": None}
+            rows.append(row | ({"accuracy": result["curve"]["accuracy"][-1]} if "curve" in result else {}))
+        self.count(rows)
+        rows.sort(key=lambda r: (list(MODELS).index(r["model"]), r["lr"]))
+        self.facts["pilot"] = rows
+        for row in sorted((r for r in rows if r["accuracy"] is not None), key=lambda r: r["accuracy"]):
+            self.args.rates[row["model"]] = row["lr"]  # the best comes last
+        self.say(f"pilots of {epochs} epochs with dense models, learning rates {self.args.rates}")
+        print(table(("model", "lr", "% of held-out images"), [(r["model"], r["lr"], r["accuracy"]) for r in rows]))
+
     def epochs(self) -> int:
         """As asked for, or fewer where the quiet times say that they would not fit."""
         times, images = quiet(self.times()), min(self.args.count or 60_000, 60_000)
@@ -202,6 +221,8 @@ def main(given: list[str] | None = None) -> int:
         run.prewarm()
     if {"time", "wide"} & set(run.args.phases):
         run.time_steps()
+    if "pilot" in run.args.phases:
+        run.pilot()
     if "train" in run.args.phases:
         run.train()
     run.say(f"done, {run.failed} failed")

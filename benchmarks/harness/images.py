@@ -77,7 +77,7 @@ def load(folder: Path, device: torch.device, count: int | None = None, pilot: bo
         folder: with the idx files.
         device: where the images are to be.
         count: take the first ones of each only.
-        pilot: test on training images, those that follow.
+        pilot: train on the first half of the training images and test on the second.
     """
     found = []
     for part in PARTS:
@@ -87,8 +87,8 @@ def load(folder: Path, device: torch.device, count: int | None = None, pilot: bo
             raise ValueError(f"{folder}: {part} images must be square with a label each, got shapes {shapes}")
         found.append((images, labels))
     if pilot:
-        count = len(found[0][1]) // 2 if count is None else count
-        found[1] = tuple(part[count:] for part in found[0])
+        half = len(found[0][1][:count]) // 2
+        found = [tuple(part[i * half : (i + 1) * half] for part in found[0]) for i in range(2)]
     found = [(images[:count], labels[:count]) for images, labels in found]
     values = found[0][0].float()
     mean, std = values.mean().item(), values.std().item()

@@ -90,7 +90,7 @@ def _measure(
             kept["inference"]["status"] = "error: as in training"
             continue
         try:
-            call = _inference(model, x, compiled)
+            call = inference(model, x, compiled)
             timed = prepare(call, 1, device)
             kept["inference"]["graph"] = timed.timer == "graph"
             ready["inference"].append((kept["inference"], timed))
@@ -117,7 +117,7 @@ def _compiled(model: nn.Module) -> Callable[..., Tensor]:
     return torch.compile(model, dynamic=False)
 
 
-def _inference(model: nn.Module, x: Tensor, compiled: bool) -> Callable[[int], Tensor]:
+def inference(model: nn.Module, x: Tensor, compiled: bool) -> Callable[[int], Tensor]:
     """A forward pass, on CUDA of bfloat16 weights."""
     frozen = copy.deepcopy(model).eval()
     if x.device.type == "cuda":

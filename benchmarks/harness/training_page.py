@@ -53,13 +53,12 @@ def _images(results: Path, name: str, facts: dict[str, Any], times: list[Row]) -
     parts = [f"## Fashion-MNIST on {facts['device']}", _about(results, "images", name)]
     rows = summarise_images(facts, times)
     if facts.get("runs"):
-        rates = ", ".join(f"{rate:g} ({structure})" for structure, rate in facts["rates"].items())
-        if len(set(facts["rates"].values())) == 1:
-            rates = f"{next(iter(facts['rates'].values())):g} for all"
+        rates = ", ".join(f"{facts['rates'][model]:g} ({model})" for model in facts["sizes"])
         size = next(iter(facts["sizes"].values()))
         parts += [
             f"Dimension {size['dim']}, {size['depth']} blocks, patches of {size['patch']}, batches of {size['batch']}; "
             f"{facts['epochs']} epochs; learning rate {rates}.",
+            _pilot(facts),
             f"![accuracy](_static/training-images-{name}.svg)\n\nAccuracy after the last epoch by parameters, and "
             "after every epoch by time.",
         ]
@@ -69,6 +68,20 @@ def _images(results: Path, name: str, facts: dict[str, Any], times: list[Row]) -
     parts.append(_wide(facts, times))
     parts.append(_missing(facts, ("model", "structure", "ratio")))
     return "\n\n".join(part for part in parts if part)
+
+
+def _pilot(facts: dict[str, Any]) -> str:
+    """What the dense models did at every rate, on training images that they were not trained on."""
+    rows = facts.get("pilot")
+    if not rows:
+        return ""
+    table = _table(
+        ("model", "learning rate", "accuracy, %"), [[r["model"], f"{r['lr']:g}", r["accuracy"]] for r in rows]
+    )
+    return (
+        f"Pilots: dense models, {rows[0]['epochs']} epochs of half of the training images, tested on the other half; "
+        f"all structures take the best rate.\n\n{table}"
+    )
 
 
 def _image_table(rows: Sequence[Row]) -> str:

@@ -384,7 +384,8 @@ def test_images_are_shifted_and_flipped(idx):
     assert torch.equal(flipped[0], plain[0].flip(-1))
     assert torch.equal(flipped[1], plain[1])
     pilot = load(idx, CPU, 30, pilot=True)
-    assert torch.equal(pilot[1].labels, images.labels[30:60])
+    assert [len(part) for part in pilot] == [15, 15]
+    assert torch.equal(pilot[1].labels, images.labels[15:30])
     with pytest.raises(FileNotFoundError, match="no train-images"):
         load(idx / "nothing", CPU)
 
@@ -461,9 +462,20 @@ def test_workers_share_the_tasks_and_end_in_time(act):
     assert [r["status"] for r in found.values()] == [pool.LEFT_OUT] * 2
 
 
-def test_rates_of_structures(script):
+def test_rates_of_models(script):
     images = script("train_images")
     parser = argparse.ArgumentParser()
-    assert images.rates(["0.1", "monarch=0.2"], parser) == dict.fromkeys(structures.STRUCTURES, 0.1) | {"monarch": 0.2}
+    assert images.rates(["0.1", "ViT=0.2"], parser) == {"Mixer": 0.1, "ViT": 0.2}
     with pytest.raises(SystemExit):
         images.rates(["toeplitz=1"], parser)
+
+
+def test_the_pilots_best_rate_is_every_structures(images_run):
+    rows, facts = read(images_run[0], "train-images-cpu")
+    pilot = facts["pilot"]
+    assert [(r["model"], r["status"]) for r in pilot] == [("Mixer", "ok")] * 4 + [("ViT", "ok")] * 4
+    for model in ("Mixer", "ViT"):
+        best = max(r["accuracy"] for r in pilot if r["model"] == model)
+        lr = facts["rates"][model]
+        assert (best, lr) in {(r["accuracy"], r["lr"]) for r in pilot if r["model"] == model}
+        assert {r["lr"] for r in rows if r["model"] == model} == {lr}
