@@ -13,6 +13,7 @@ from structmat.nn.kaleidoscope import KaleidoscopeLinear
 from structmat.nn.kaleidoscope_conv import KaleidoscopeConv2d
 from structmat.nn.layers import BlockDiagonalLinear, LowRankLinear, MonarchLinear
 from structmat.nn.linear import StructuredLinear
+from structmat.nn.longconv import ExplicitFilter, ImplicitFilter, LongConv, ShortConv
 from structmat.nn.parameters import MatrixParameters
 from structmat.nn.permutation import LearnablePermutation
 from structmat.nn.recurrent import StructuredLSTMCell
@@ -24,18 +25,22 @@ __all__ = [
     "ButterflyConv2d",
     "ButterflyLinear",
     "CirculantLinear",
+    "ExplicitFilter",
     "FastfoodLinear",
+    "ImplicitFilter",
     "KaleidoscopeConv2d",
     "KaleidoscopeLinear",
     "LDRConv2d",
     "LDRLinear",
     "LearnablePermutation",
+    "LongConv",
     "LowRankLinear",
     "MatrixParameters",
     "MonarchLinear",
     "OrthogonalButterflyLinear",
     "PixelflyConv2d",
     "PixelflyLinear",
+    "ShortConv",
     "StructuredLSTMCell",
     "StructuredLinear",
     "ToeplitzLikeLinear",

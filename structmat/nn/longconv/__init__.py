@@ -1,0 +1,18 @@
+"""Long convolutions: the function, filters, and layers that stream."""
+
+from structmat.nn.longconv.filters import ExplicitFilter, ImplicitFilter
+from structmat.nn.longconv.functional import circular_convolution, long_convolution
+from structmat.nn.longconv.module import LongConv
+from structmat.nn.longconv.short import ShortConv, ShortConvState
+from structmat.nn.longconv.streaming import LongConvState
+
+__all__ = [
+    "ExplicitFilter",
+    "ImplicitFilter",
+    "LongConv",
+    "LongConvState",
+    "ShortConv",
+    "ShortConvState",
+    "circular_convolution",
+    "long_convolution",
+]
