@@ -7,6 +7,7 @@ from structmat.surgery.costs import measure_seconds
 from structmat.surgery.densify import densify_
 from structmat.surgery.replace import compress_, replace_
 from structmat.surgery.report import LayerRow, Report
+from structmat.surgery.to_m2 import to_m2
 from structmat.surgery.training import distillation_loss, gradual_ratio, reproject_
 
 __all__ = [
@@ -24,4 +25,5 @@ __all__ = [
     "replace_",
     "reproject_",
     "save_file",
+    "to_m2",
 ]
