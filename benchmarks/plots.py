@@ -1,4 +1,4 @@
-"""Make the plots, and with --docs docs/benchmarks.md, sparse_training_results.md and displacement_results.md there.
+"""Make the plots, and with --docs the pages of results in docs.
 
     python benchmarks/plots.py [--docs]
 
@@ -14,14 +14,14 @@ from pathlib import Path
 from typing import Any
 
 import matplotlib
-from harness import ldr_page, training_page
+from harness import ldr_page, m2_page, training_page
 from harness.cases.linear import FOUR, SQRT
 from harness.page import page, runs
 from harness.problem import FORWARD, TRAINING
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
-from harness import ldr_plots, training_plots
+from harness import ldr_plots, m2_plots, training_plots
 from matplotlib.axes import Axes
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -187,20 +187,42 @@ def draw_displacement(results: Path, folder: Path) -> list[Path]:
     return written
 
 
+def m2_rows(results: Path) -> dict[str, tuple[list[Row], list[Row]]]:
+    """The trainings and the quiet times that the plots of M2 are made from, by the plots' names."""
+    return {
+        name.removeprefix("train-"): (facts["runs"], ldr_page.step_times(results, name))
+        for name, facts, _ in ldr_page.committed(results, "train-m2-*")
+    }
+
+
+def draw_m2(results: Path, folder: Path) -> list[Path]:
+    """Write the plots of the M2 trainings."""
+    folder.mkdir(parents=True, exist_ok=True)
+    written = []
+    with plt.rc_context(PARAMETERS):
+        for name, (trained, times) in m2_rows(results).items():
+            figure, path = m2_plots.trainings(trained, times), folder / f"{name}.svg"
+            words = f"rows {digest([*trained, *times])}"
+            figure.savefig(path, metadata={"Date": None, "Creator": None, "Description": words})
+            plt.close(figure)
+            written.append(path)
+    return written
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--results", type=Path, default=RESULTS)
     parser.add_argument("--docs", action="store_true", help="also write the pages")
     parser.add_argument("--out", type=Path, default=ROOT / "docs" / "_static", help="folder of the plots")
     args = parser.parse_args()
-    for make in (draw, draw_trainings, draw_displacement):
+    for make in (draw, draw_trainings, draw_displacement, draw_m2):
         for path in make(args.results, args.out):
             print(path)
     if args.docs:
         target = ROOT / "docs" / "benchmarks.md"
         target.write_text(page(args.results), encoding="utf-8")
         print(target)
-        for module in (training_page, ldr_page):
+        for module in (training_page, ldr_page, m2_page):
             if text := module.page(args.results):
                 target = ROOT / "docs" / module.NAME
                 target.write_text(text, encoding="utf-8")
