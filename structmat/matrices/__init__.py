@@ -3,6 +3,7 @@
 from structmat.matrices.block_diagonal import BlockDiagonal
 from structmat.matrices.block_sparse import BlockSparse
 from structmat.matrices.butterfly import Butterfly
+from structmat.matrices.causal import CausalBasis, CausalMonarch
 from structmat.matrices.dense import Dense
 from structmat.matrices.diagonal import Diagonal
 from structmat.matrices.displacement import (
@@ -27,6 +28,7 @@ from structmat.matrices.kaleidoscope import Kaleidoscope
 from structmat.matrices.kronecker_sparse import KroneckerSparse
 from structmat.matrices.low_rank import LowRank
 from structmat.matrices.monarch import Monarch
+from structmat.matrices.monarch_p import MonarchFFT, MonarchP
 from structmat.matrices.orthogonal_butterfly import OrthogonalButterfly
 from structmat.matrices.permutation import Permutation
 from structmat.matrices.pixelfly import Pixelfly
@@ -38,6 +40,8 @@ __all__ = [
     "Butterfly",
     "Cauchy",
     "CauchyLike",
+    "CausalBasis",
+    "CausalMonarch",
     "CausalToeplitz",
     "Circulant",
     "Companion",
@@ -52,6 +56,8 @@ __all__ = [
     "LDRTridiagonal",
     "LowRank",
     "Monarch",
+    "MonarchFFT",
+    "MonarchP",
     "OrthogonalButterfly",
     "Permutation",
     "Pixelfly",

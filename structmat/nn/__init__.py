@@ -4,6 +4,7 @@ from structmat.nn.block_sparse import BlockSparseLinear, PixelflyLinear
 from structmat.nn.block_sparse_conv import BlockSparseConv2d, PixelflyConv2d
 from structmat.nn.butterfly import ButterflyLinear, OrthogonalButterflyLinear
 from structmat.nn.butterfly_conv import ButterflyConv2d
+from structmat.nn.causal_monarch import CausalMonarchConv
 from structmat.nn.displacement import CirculantLinear, LDRLinear, ToeplitzLikeLinear, ToeplitzLinear
 from structmat.nn.displacement_conv import LDRConv2d
 from structmat.nn.fastfood import FastfoodLinear
@@ -24,6 +25,7 @@ __all__ = [
     "BlockSparseLinear",
     "ButterflyConv2d",
     "ButterflyLinear",
+    "CausalMonarchConv",
     "CirculantLinear",
     "ExplicitFilter",
     "FastfoodLinear",

@@ -33,7 +33,7 @@ from structmat.matrices import (
     Toeplitz,
     Vandermonde,
 )
-from structmat.testing import displacement
+from structmat.testing import causal, displacement
 from structmat.testing.definitions import dense_by_definition
 from structmat.testing.entry import Entry
 from structmat.transforms import Selection, dct, haar
@@ -306,4 +306,4 @@ def market(match: str = "") -> list[Entry]:
         )
         for name, make, invertible in _entries()
         if match in name
-    ]
+    ] + [entry for entry in causal.entries() if match in entry.name]
