@@ -148,7 +148,7 @@ class ImplicitFilter(nn.Module):
         z, t, deltas, frequency = working(z), working(t), working(self.deltas), working(self.frequency)
         decay = torch.exp(-t * deltas.abs()) + self.shift
         taps = []
-        with torch.autocast(z.device.type, enabled=False):
+        with torch.autocast("cpu" if z.is_meta else z.device.type, enabled=False):
             for direction in range(self.directions):
                 h = z
                 for index, layer in enumerate(self.mlps[direction]):  # pyright: ignore[reportArgumentType]
@@ -158,7 +158,8 @@ class ImplicitFilter(nn.Module):
                     else:  # what surgery has put in its place
                         h = layer(h)
                 taps.append((h * decay).squeeze(0).mT)
-        return _padded(torch.stack(taps), length, self.extend)
+        zeros = length - self.length if self.extend == "zero" else 0
+        return F.pad(torch.stack(taps), (0, zeros)) if zeros > 0 else torch.stack(taps)
 
     def _at(self, length: int) -> tuple[Tensor, Tensor]:
         if length <= self.length or self.extend == "zero":
@@ -191,7 +192,7 @@ class ExplicitFilter(nn.Module):
         channels: taps are made for so many.
         length: how many taps are learned.
         directions: 1, or 2 for a second filter of later inputs.
-        squash: the soft threshold lambda; larger than the initial 0.02 it leaves nothing to learn from.
+        squash: the soft threshold lambda; zeroed taps have no gradient: at the initial 0.02 hardly one in 25 is left.
         smooth: odd width of a moving average, of those numbers that there are at the ends; 0 for none.
         smooth_domain: "time", or "frequency" to smooth real and imaginary parts of the taps' spectrum.
         dropout: with what probability a tap is dropped in training.
@@ -268,7 +269,8 @@ class ExplicitFilter(nn.Module):
             k = torch.fft.irfft(spectrum, self.length)
         if self.squash:
             k = k.sgn() * F.relu(k.abs() - self.squash)
-        return _padded(F.dropout(k[..., :length], self.dropout, self.training), length, self.extend)
+        # Cut or filled up; torch.export takes no slice here, which is contiguous for one length only.
+        return F.dropout(F.pad(k, (0, length - self.length)), self.dropout, self.training)
 
     def _average(self, x: Tensor) -> Tensor:
         return F.avg_pool1d(x, self.smooth, 1, self.smooth // 2, count_include_pad=False)
@@ -301,7 +303,3 @@ def _wanted(taps: ImplicitFilter | ExplicitFilter, length: Any) -> int:
             "give it an option extend= that says what later taps are"
         )
     return length
-
-
-def _padded(taps: Tensor, length: int, extend: str) -> Tensor:
-    return F.pad(taps, (0, length - taps.shape[-1])) if extend == "zero" else taps

@@ -78,7 +78,7 @@ def long_convolution(
         needed, kernel = cyclic_kernel(k, k_rev, length, x.dtype)
         if algorithm == "monarch":
             return monarch_convolution(x, kernel, needed, order)
-        size = _fft_size(needed)
+        size = _fft_size(needed, length)
         spectrum = transform(x, size) * transform(kernel(size), size)
         return untransform(spectrum, size, x.dtype)[..., :length]
 
@@ -150,9 +150,9 @@ def gated(
 
 
 def wrapped(k: Tensor, size: int) -> Tensor:
-    """k, padded with zeros or wrapped around to ``size`` taps."""
+    """k, padded with zeros or wrapped around to ``size`` taps, added up in float32 at least."""
     rows = -(-k.shape[-1] // size)
-    k = F.pad(k, (0, max(rows, 1) * size - k.shape[-1]))
+    k = F.pad(working(k), (0, max(rows, 1) * size - k.shape[-1]))
     return k.unflatten(-1, (max(rows, 1), size)).sum(-2) if rows > 1 else k
 
 
@@ -249,7 +249,7 @@ def cyclic_kernel(
     places before the end, nor the other way round.
     """
     k = k[..., :length].to(dtype)
-    needed = length + k.shape[-1] - 1
+    needed = length + max(k.shape[-1] - 1, 0)
     if k_rev is None:
         return needed, lambda size: F.pad(k, (0, size - k.shape[-1]))
     behind = k_rev[..., : max(length - 1, 0)].to(dtype).flip(-1)
@@ -262,8 +262,8 @@ def cyclic_kernel(
     return max(needed, length + behind.shape[-1]), kernel
 
 
-def _fft_size(needed: int) -> int:
+def _fft_size(needed: int, length: int) -> int:
     # An exported program with a dynamic length must not depend on where the good sizes lie.
     if isinstance(needed, torch.SymInt) and torch.compiler.is_exporting():
-        return needed + needed % 2
+        return 2 * length
     return good_size(needed)

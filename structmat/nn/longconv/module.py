@@ -143,7 +143,7 @@ class LongConv(nn.Module):
         """
         length = self.length if length is None else check_int("length", length, 0)
         if getattr(self.filter, "extend", None) == "zero" and length > self._window():
-            length = self._window()  # not min(): torch.export would carry it into every size
+            length = self._window()  # min() would stay in the sizes of an exported program
         taps = self.filter(length)
         directions = 2 if self.mode == "bidirectional" else 1
         check_tensor("the filter's output", taps)
@@ -275,9 +275,7 @@ class LongConv(nn.Module):
             inputs = state.recent(state.taps.shape[-1])
             taps = state.taps[..., state.taps.shape[-1] - inputs.shape[-1] :]
             # No matrix product, which would be rounded to TF32 where such products may be.
-            y = gated(
-                u, lambda x: (inputs * taps).sum(-1, keepdim=True), taps, None, self.skip, pre_gate, post_gate
-            )
+            y = gated(u, lambda x: (inputs * taps).sum(-1, keepdim=True), taps, None, self.skip, pre_gate, post_gate)
         return y.squeeze(-1), state
 
     def _begin(self, u: Tensor, pre_gate: Tensor | None, max_length: int | None) -> tuple[Tensor, LongConvState]:

@@ -101,7 +101,8 @@ class ShortConv(nn.Module):
         self._check(x, 2)
         state = self._begun(x, state)
         joined = torch.cat([state.history, x], -1)
-        history = joined[..., joined.shape[-1] - (self.kernel_size - 1) :]
+        # A copy: a view would keep the whole piece in memory.
+        history = joined[..., joined.shape[-1] - (self.kernel_size - 1) :].clone()
         return self._valid(joined), ShortConvState(history, state.position + x.shape[-1])
 
     def step(self, x: Tensor, state: ShortConvState | None = None) -> tuple[Tensor, ShortConvState]:

@@ -47,8 +47,8 @@ class LongConvState:
 
     A step writes into the buffer and moves the state on, in place; to go on in two ways from one state take a
     ``clone()`` first. The buffer doubles when it is full, up to what ``limit`` allows; where the filter is a sliding
-    window it holds at most about twice the window, whose inputs move to the front when it is full: a step costs O(1)
-    copies on average. Memory is batch x channels x (inputs so far, at most two windows), in float32 or float64.
+    window it holds at most two windows (or 64 inputs), and what the taps can still meet moves to the front when it is
+    full: a step costs O(1) copies on average. Numbers are float32 at least.
 
     Args:
         taps: shape (channels, taps), the last one first.

@@ -10,7 +10,8 @@ def seed():
 
 
 def _dense(u, k, k_rev=None, skip=None, pre_gate=None, post_gate=None, circular=False):
-    wide = torch.complex128 if u.is_complex() or k.is_complex() else torch.float64
+    given = [v for v in (u, k, k_rev, skip, pre_gate, post_gate) if v is not None]
+    wide = torch.complex128 if any(v.is_complex() for v in given) else torch.float64
     length, channels = u.shape[-1], u.shape[-2]
     batch = torch.broadcast_shapes(k.shape[:-2], () if k_rev is None else k_rev.shape[:-2])
     matrix = torch.zeros(*batch, channels, length, length, dtype=wide)

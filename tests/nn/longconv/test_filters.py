@@ -59,7 +59,7 @@ def test_implicit_state():
     want = torch.stack([t, *(b.cos() for b in bands), *(-b.sin() for b in bands)], -1)
     assert_close(f.z[0], want, 1e-12)
     assert_close(f.deltas[0, 0, [0, -1]], torch.tensor([math.log(1e-2) / 1.5, math.log(1e-2) / 0.3]).double(), 1e-6)
-    assert (f.frequency == 10).all()
+    assert (f.frequency == 10).all() and (ImplicitFilter(6, 11, frequency=3.0).frequency == 3).all()
 
 
 def test_implicit_beyond_its_length():
@@ -118,6 +118,9 @@ def test_explicit_initial_scale():
     f = ExplicitFilter(512, 64)
     std = f.weight[0, :, 0].std()
     assert 0.018 < std < 0.022
+    rate = 256 ** (torch.arange(256)[:, None] / 512)
+    normal = f.weight[0, :256] / (0.02 * torch.exp(-rate * torch.arange(64) / 64))
+    assert 0.95 < normal.square().mean() < 1.05
     # The last channel decays by (256)^(511/512) over the length, the first one by 1.
     assert f.weight[0, -64:, 32:].abs().max() < 1e-6 and f.weight[0, :64, 48:].std() > 1e-3
 

@@ -16,7 +16,7 @@ double = torch.float64
 @ways
 @pytest.mark.parametrize("dtype", [torch.float64, torch.complex128], ids=str)
 def test_every_length_and_number_of_taps(dense, algorithm, order, dtype):
-    for length, taps, later in itertools.product((1, 2, 3, 7, 16, 31), (1, 5, 31, 40), (None, 0, 1, 5, 40)):
+    for length, taps, later in itertools.product((1, 2, 3, 7, 16, 31), (0, 1, 5, 31, 40), (None, 0, 1, 5, 40)):
         u = torch.randn(2, 3, length, dtype=dtype)
         k = torch.randn(3, taps, dtype=double)
         k_rev = None if later is None else torch.randn(3, later, dtype=double)
@@ -75,6 +75,20 @@ def test_complex_filters(dense):
     assert_close(circular_convolution(u, k), dense(u, k, circular=True), 1e-12)
 
 
+@pytest.mark.parametrize("place", range(4), ids=["k_rev", "skip", "pre_gate", "post_gate"])
+def test_one_complex_operand_makes_the_output_complex(dense, place):
+    u, k = torch.randn(2, 3, 9, dtype=double), torch.randn(3, 9, dtype=double)
+    shape = ((3, 5), (3,), u.shape, u.shape)[place]
+    others = [None] * 4
+    others[place] = torch.randn(shape, dtype=torch.complex128)
+    for algorithm, order in WAYS:
+        y = long_convolution(u, k, *others, algorithm=algorithm, order=order)
+        assert y.dtype == torch.complex128
+        assert_close(y, dense(u, k, *others), 1e-12)
+    if place:
+        assert_close(circular_convolution(u, k, *others[1:]), dense(u, k, *others, circular=True), 1e-12)
+
+
 @ways
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("autocast", [False, True])
@@ -88,6 +102,12 @@ def test_half_precision_is_rounded_once(algorithm, order, dtype, autocast):
     # At most one unit in the last place away, where the float32 result lies near the middle of two numbers.
     assert ((y != exact.to(dtype)).float().mean()) < 0.01
     assert_close(y.double(), exact.double(), torch.finfo(dtype).eps / 2)
+
+
+def test_wrapped_taps_in_half_precision():
+    u, k = torch.randn(2, 3, 33).bfloat16(), torch.randn(3, 999).bfloat16()
+    exact = circular_convolution(u.double(), k.double())
+    assert (circular_convolution(u, k) != exact.bfloat16()).float().mean() < 0.01  # rounded once
 
 
 def test_autocast_changes_nothing():

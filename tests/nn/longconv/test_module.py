@@ -116,6 +116,19 @@ def test_casts_and_meta_device(mode, algorithm, order):
     assert_close(empty(u), layer(u), 1e-6)
 
 
+@ways
+def test_reset_draws_everything_anew(mode, algorithm, order):
+    layer = LongConv(3, 9, mode=mode, algorithm=algorithm, order=order)
+    before = copy.deepcopy(layer)
+    layer.reset_parameters()
+    assert not torch.equal(layer.skip, before.skip) and not torch.equal(before.skip, torch.ones(3))
+    assert (layer.taps() - before.taps()).norm() > 0.1 * before.taps().norm()
+
+
+def test_default_filter_on_the_meta_device():
+    assert LongConv(3, 9, device="meta")(torch.randn(2, 3, 9, device="meta")).shape == (2, 3, 9)
+
+
 @pytest.mark.parametrize("mode", ["causal", "bidirectional", "circular"])
 @pytest.mark.parametrize("skip", [True, False])
 @pytest.mark.parametrize("filter", ["implicit", FewTaps], ids=str)

@@ -73,6 +73,13 @@ def test_state_can_be_reordered_and_is_a_pytree():
     assert len(leaves) == 1 and pytree.tree_unflatten(leaves, spec) == state
 
 
+def test_a_state_keeps_no_more_than_it_needs():
+    for size in (1, 2, 3):
+        _, state = ShortConv(3, size).prefill(torch.randn(4, 3, 1000))
+        assert state.history.shape == (4, 3, size - 1)
+        assert state.history.untyped_storage().nbytes() == 4 * state.history.numel()
+
+
 def test_autocast_and_copies():
     layer = ShortConv(3, 3)
     x = torch.randn(2, 3, 8)
@@ -97,7 +104,9 @@ def test_errors():
         (lambda: layer([1.0]), TypeError, "x must be a torch.Tensor"),
         (lambda: layer.step(torch.randn(2, 3, 1)), ValueError, "x must have 3 channels in dimension -1"),
         (lambda: layer.step(torch.randn(5, 3), state), ValueError, r"state must have a history of shape \(5, 3, 2\)"),
+        (lambda: layer.step(torch.randn(2, 3).double(), state), ValueError, "dtype torch.float64 for this x"),
         (lambda: layer.step(torch.randn(2, 3), (state,)), TypeError, "state must be a ShortConvState or None"),
+        (lambda: layer.prefill(torch.randn(3, 8))[1].reorder(torch.tensor([2, 1, 0])), ValueError, "needs a batch"),
     ]:
         with pytest.raises(error, match=message):
             call()

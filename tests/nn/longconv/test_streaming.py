@@ -93,6 +93,44 @@ def test_a_window_slides_in_a_bounded_buffer():
     assert state.history.shape[-1] <= 64 and state.limit == -1
 
 
+@pytest.mark.parametrize("length", [4, 300])
+@pytest.mark.parametrize("most", [None, 3, 300])
+def test_a_window_is_as_long_as_its_filter(length, most):
+    layer = LongConv(2, length, filter=ExplicitFilter(2, 100, extend="zero", dtype=double), dtype=double)
+    u = torch.randn(3, 2, 1200, dtype=double)
+    with torch.no_grad():
+        y, state = stream(layer, [150, 400, 30, -1, 99, 120, 100, *[-1] * 300], u[..., :1200], max_length=most)
+        assert_close(y, layer(u), 1e-12)
+        assert state.history.shape[-1] <= 200  # two windows
+        place = state.history.data_ptr()
+        for column in torch.randn(250, 3, 2, dtype=double):
+            _, state = layer.step(column, state)
+    assert state.history.data_ptr() == place  # inputs move to the front, nothing is allocated
+
+
+def test_a_clone_goes_its_own_way():
+    layer = LongConv(3, 20, dtype=double)
+    u, other = torch.randn(2, 2, 3, 20, dtype=double)
+    other[..., :8] = u[..., :8]
+    with torch.no_grad():
+        _, state = layer.prefill(u[..., :8])
+        states = [state, state.clone()]
+        for t in range(8, 20):
+            for i, v in enumerate((u, other)):
+                y, states[i] = layer.step(v[..., t], states[i])
+                assert_close(y, layer(v)[..., t], 1e-12)
+
+
+def test_mapped_pieces():
+    layer, u = LongConv(3, 80, dtype=double), torch.randn(4, 2, 3, 80, dtype=double)
+
+    def pieces(u):
+        return stream(layer, [5, 3, -1, 71], u)[0]
+
+    with torch.no_grad():
+        assert_close(torch.func.vmap(pieces)(u), layer(u), 1e-12)
+
+
 def test_the_buffer_is_seldom_made_anew():
     layer = LongConv(2, 1000)
     u = torch.randn(1, 2, 1000)
@@ -160,6 +198,14 @@ def test_complex_taps_and_inputs():
         with torch.no_grad():
             y, _ = stream(layer, [0, 8, -1, -1, 10], u)
             assert_close(y, layer(u), 1e-12)
+    layer, u = LongConv(3, 20, dtype=double), torch.randn(2, 3, 20, dtype=double)
+    gate = torch.randn(2, 3, 20, dtype=torch.complex128)
+    for gates in [(gate, None), (None, gate)]:
+        with torch.no_grad():
+            y, _ = stream(layer, [8, -1, 11], u, *gates)
+            assert_close(y, layer(u, *gates), 1e-12)
+    with torch.no_grad(), pytest.raises(ValueError, match=r"state must be of inputs .* of torch.complex128"):
+        layer.prefill(u[..., 8:], layer.prefill(u[..., :8])[1], gate[..., 8:])
 
 
 def test_the_first_piece_has_gradients_and_later_ones_refuse():
@@ -206,6 +252,8 @@ def test_a_compiled_step():
 def test_errors():
     layer, u = LongConv(3, 20), torch.randn(2, 3, 20)
     _, state = layer.prefill(u)
+    _, early = layer.prefill(u[..., :0])
+    cast = copy.deepcopy(layer).double()
     circular = LongConv(3, 20, mode="circular")
     resampled = LongConv(3, 20, filter=ImplicitFilter(3, 20, extend="resample"))
     for call, error, message in [
@@ -220,8 +268,14 @@ def test_errors():
         (lambda: layer.step(u[:1, :, 0], state), ValueError, r"state must be of inputs \(1, 3\) of torch.float32"),
         (lambda: layer.prefill(u.double(), state), ValueError, "state must be of inputs"),
         (lambda: layer.prefill(u.double()), TypeError, "u has torch.float64"),
+        (lambda: layer.step(u[..., 0].double()), TypeError, "k has dtype torch.float32 but u has torch.float64"),
+        (lambda: layer.step(u[..., 0].to("meta"), state), ValueError, "on meta, got .* on cpu"),
+        (lambda: cast.step(u[..., 0], early), TypeError, "skip has dtype torch.float64 but u has torch.float32"),
+        (lambda: cast.prefill(u, early), TypeError, "skip has dtype torch.float64 but u has torch.float32"),
         (lambda: layer.step(u[..., 0], (state,)), TypeError, "state must be a LongConvState or None, got tuple"),
+        (lambda: layer.prefill(u, state, [1.0]), TypeError, "pre_gate must be a torch.Tensor, got list"),
         (lambda: layer.step(u[..., 0], None, u), ValueError, "pre_gate must have shape"),
+        (lambda: layer.step(u[..., 0], early, None, u), ValueError, "post_gate must have shape"),
         (lambda: layer.step(u[..., 0].int()), TypeError, "u must be floating point"),
         (lambda: layer.prefill(u[0])[1].reorder(torch.tensor([0])), ValueError, "reorder needs a batch"),
     ]:

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.utils.checkpoint import checkpoint
 
-from structmat.nn import ExplicitFilter, LongConv
+from structmat.nn import ExplicitFilter, ImplicitFilter, LongConv
 from structmat.nn.longconv import circular_convolution, long_convolution
 from structmat.testing import assert_close
 
@@ -68,6 +68,18 @@ def test_exported_for_any_length(mode):
     for length in (30, 3, 17, 32):
         u = torch.randn(5, 3, length)
         assert_close(program(u), layer(u), 1e-6)
+
+
+@pytest.mark.parametrize("number", [5, 16])
+@pytest.mark.parametrize("kind", [ExplicitFilter, ImplicitFilter])
+def test_filters_exported_for_any_length(kind, number):
+    for low, high in [(2, number), (number + 1, 1000)]:
+        layer = LongConv(3, number, filter=kind(3, number, extend="zero"))
+        shapes = {"u": {2: torch.export.Dim("length", min=low, max=high)}}
+        program = torch.export.export(layer, (torch.randn(2, 3, low + 2),), dynamic_shapes=shapes).module()
+        for length in (low, low + 3, high):
+            u = torch.randn(2, 3, length)
+            assert_close(program(u), layer(u), 1e-6)
 
 
 @pytest.mark.parametrize("algorithm", ["fft", "monarch"])
