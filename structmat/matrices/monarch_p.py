@@ -78,6 +78,13 @@ def MonarchP(
     return Butterfly(tuple(stages), nrows, ncols)  # pyright: ignore[reportArgumentType]
 
 
+def check_radix(radix: Any) -> tuple[int, ...]:
+    """Return the radices as a tuple; raise unless they are a non-empty sequence of positive integers."""
+    if not isinstance(radix, (tuple, list)) or not radix:
+        raise TypeError(f"radix must be a non-empty sequence of integers, got {radix!r}")
+    return tuple([check_int("a radix", r) for r in radix])
+
+
 def balanced_radix(n: int, order: int) -> tuple[int, ...]:
     """``order`` factors of n, as equal as its prime factors allow, the smallest first.
 
@@ -134,7 +141,7 @@ def MonarchFFT(
     from structmat.transforms._build import complex_dtype, turns
 
     dtype = complex_dtype(dtype)
-    radix = balanced_radix(n, order) if radix is None else tuple(check_int("a radix", r) for r in radix)
+    radix = balanced_radix(n, order) if radix is None else check_radix(radix)
     if math.prod(radix) != n:
         raise ValueError(f"radix must have the product n = {n}, got {radix} with {math.prod(radix)}")
     stages, lower = [], n

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import softplus
+from torch.nn.functional import pad, softplus
 
 from structmat._checks import check_int
 from structmat.matrices.causal import CausalMonarch
@@ -22,9 +22,10 @@ class CausalMonarchConv(nn.Module):
     """y[t] of a kernel and an input up to time t, by polynomial products in learned bases (:class:`CausalMonarch`).
 
     It starts at identity blocks: of scheme "fourier" the plain causal convolution. Parameters are the strict triangles
-    of the blocks, from zero on; the diagonals are bounded away from zero, so that every step of training leaves the
-    bases invertible: "unit" fixes them at 1, which makes all determinants 1; "softplus" learns them,
-    0.1 + 0.9 softplus(r) / log 2 from r = 0 on. ``layer.map().conditioning()`` reports condition numbers.
+    of the blocks from zero on, without those of the top digit's values that the map never reads (of "chebyshev" most
+    of them). The diagonals are bounded away from zero, so that every step of training leaves the bases invertible:
+    "unit" fixes them at 1, which makes all determinants 1; "softplus" learns them, 0.1 + 0.9 softplus(r) / log 2 from
+    r = 0 on. ``layer.map().conditioning()`` reports condition numbers.
 
     Args:
         n: length of kernels and inputs.
@@ -72,17 +73,24 @@ class CausalMonarchConv(nn.Module):
         self.channels = None if channels is None else check_int("channels", channels)
         self.radix = resolve_radix(n, radix, order, scheme)
         batch = () if channels is None else (channels,)
-        shapes = [(*batch, math.prod(self.radix[:a]), r) for a, r in enumerate(self.radix)]
+        parts = CausalMonarch.identity(n, self.radix, scheme=scheme, device="meta")
+        # Per basis the values of the top digit that occur: the rest of its blocks is never read.
+        places = [p.places for p in (parts.output, parts.kernel, parts.input)]
+        self.places = [(0, places[0][1])] if shared else places
 
-        def zeros(count: int, shape: tuple[int, ...]) -> Tensor:
-            values = torch.zeros(*shape[:-1], count, device=device, dtype=dtype)
-            # Without entries there is no gradient, for which DDP would wait.
-            return nn.Parameter(values, requires_grad=count > 0)
+        def parameters(count: Callable[[int], int]) -> nn.ModuleList:
+            made = nn.ModuleList(nn.ParameterList() for _ in self.places)
+            for basis, (first, last) in zip(made, self.places, strict=True):
+                for a, r in enumerate((*self.radix[:-1], last - first)):
+                    shape = (*batch, math.prod(self.radix[:a]), count(r))
+                    # Without entries there is no gradient, for which DDP would wait.
+                    values = torch.zeros(shape, device=device, dtype=dtype)
+                    basis.append(nn.Parameter(values, requires_grad=count(r) > 0))  # pyright: ignore
+            return made
 
-        bases = range(1 if shared else 3)
-        self.strict = nn.ModuleList(nn.ParameterList(zeros(s[-1] * (s[-1] - 1) // 2, s) for s in shapes) for _ in bases)
+        self.strict = parameters(lambda r: r * (r - 1) // 2)
         if diagonal == "softplus":
-            self.raw = nn.ModuleList(nn.ParameterList(zeros(s[-1], s) for s in shapes) for _ in bases)
+            self.raw = parameters(lambda r: r)
 
     def reset_parameters(self) -> None:
         """Back to identity blocks."""
@@ -91,7 +99,9 @@ class CausalMonarchConv(nn.Module):
 
     def _block(self, basis: int, a: int) -> Tensor:
         strict: Tensor = self.strict[basis][a]  # pyright: ignore[reportIndexIssue]
-        r = self.radix[a]
+        top = a == len(self.radix) - 1
+        first, last = self.places[basis] if top else (0, self.radix[a])
+        r = last - first
         places = torch.tril if self.scheme == "fourier" else torch.triu
         mask = places(torch.ones(r, r, device=strict.device), -1 if self.scheme == "fourier" else 1)
         # Entry (i, j) of the strict triangle is the number of its ones before it, row by row.
@@ -101,9 +111,17 @@ class CausalMonarchConv(nn.Module):
         else:
             block = strict.new_zeros(*strict.shape[:-1], r, r)
         if self.diagonal == "unit":
-            return block + torch.eye(r, dtype=strict.dtype, device=strict.device)
-        raw: Tensor = self.raw[basis][a]  # pyright: ignore[reportIndexIssue]
-        return block + torch.diag_embed(FLOOR + (1 - FLOOR) / math.log(2) * softplus(raw))
+            block = block + torch.eye(r, dtype=strict.dtype, device=strict.device)
+        else:
+            raw: Tensor = self.raw[basis][a]  # pyright: ignore[reportIndexIssue]
+            block = block + torch.diag_embed(FLOOR + (1 - FLOOR) / math.log(2) * softplus(raw))
+        after = self.radix[a] - last
+        if not (first or after):
+            return block
+        # The values of the digit that do not occur: the identity.
+        digit = torch.arange(self.radix[a], device=strict.device)
+        rest = torch.diag(((digit < first) | (digit >= last)).to(strict.dtype))
+        return pad(block, (first, after, first, after)) + rest
 
     def map(self) -> CausalMonarch:
         """The causal map of the parameters as they are now."""

@@ -256,7 +256,12 @@ def test_any_size_and_radix(radix, scheme, data):
     k, u = torch.randn(2, n, dtype=torch.float64)
     assert_close(C.conv(k, u), C.conv_by_evaluation(k, u), TOL)
     assert upper(C.conv_by_evaluation, n) <= TOL
-    assert C.flops >= 3 * 2 * points * sum(radix)
+    for L in (C.output, C.kernel, C.input):
+        # Only values of the top digit count that an index in use has: others cost nothing.
+        tops = len({i // (points // radix[-1]) for i in range(L.offset, L.offset + n)})
+        used = points // radix[-1] * tops
+        adds = used * (len(radix) - 1) if scheme == "chebyshev" else 0
+        assert L.flops == 2 * used * (sum(radix[:-1]) + tops) + adds
 
 
 @pytest.mark.parametrize("scheme", ["fourier", "chebyshev"])
@@ -310,6 +315,8 @@ def test_compile_and_vmap(scheme):
     compiled = torch.compile(lambda C, k, u: C.conv(k, u), backend="aot_eager", fullgraph=True)
     y = C.conv(k, u)
     assert_close(compiled(C, k, u), y, TOL)
+    defined = torch.compile(lambda C, k, u: C.conv_by_evaluation(k, u), backend="aot_eager", fullgraph=True)
+    assert_close(defined(C, k, u), y, TOL)
     assert_close(torch.func.vmap(C.conv, (None, 0))(k, u), y, TOL)
     batch, bases = make(scheme, 5, (3, 4), batch=(4,))
     ones = torch.func.vmap(lambda C, u: C.conv(k[0], u))(batch, u[:4, 0])
@@ -351,6 +358,10 @@ def test_errors():
         CausalMonarch.identity(7, scheme="hermite")
     with pytest.raises(TypeError, match="radix must be an integer"):
         CausalMonarch.identity(7, (2.0, 4))
+    with pytest.raises(TypeError, match="radix must be a non-empty sequence"):
+        CausalBasis.identity(6)  # pyright: ignore[reportArgumentType]
+    with pytest.raises(TypeError, match=r"blocks must be a torch\.Tensor"):
+        CausalMonarch.from_blocks([[torch.eye(2)[None], "x"]], 2)  # pyright: ignore[reportArgumentType]
     with pytest.raises(ValueError, match="one basis or of three"):
         CausalMonarch.from_blocks([[torch.eye(6)[None]]] * 2, 6)
     with pytest.raises(ValueError, match="stage 1 must have 2 uncropped square blocks"):
@@ -451,3 +462,97 @@ def test_large_size_in_single_precision():
     C, _ = make("fourier", 2000, (40, 50), size=1.0)
     k, u = torch.randn(2, 2000, dtype=torch.float64)
     assert_close(C.to(torch.float32).conv(k.float(), u.float()), C.conv(k, u), 2e-5)
+
+
+@pytest.mark.parametrize("scheme", ["fourier", "chebyshev"])
+def test_bases_of_different_radices(scheme):
+    """Their nodes are not in one order: conv needs none, the definition refuses."""
+    torch.manual_seed(0)
+    bases = [near_identity(r, scheme, dtype=torch.float64) for r in ((3, 4), (2, 6), (2, 2, 3))]
+    C = CausalMonarch.from_blocks(bases, 6, scheme)
+    k, u = torch.randn(2, 6, dtype=torch.float64)
+    assert_close(C.conv(k, u), oracle(bases, scheme, 6, k, u), TOL)
+    assert upper(C.conv, 6) <= TOL
+    with pytest.raises(ValueError, match="same radices"):
+        C.conv_by_evaluation(k, u)
+
+
+@pytest.mark.parametrize(("scheme", "n"), [("fourier", 7), ("chebyshev", 7), ("chebyshev", 3)])
+def test_blocks_that_are_not_read(scheme, n):
+    """Rows and columns of the top digit's values that no index has may hold anything, as may the other triangle."""
+    C, bases = make(scheme, n, (3, 6))
+    k, u = torch.randn(2, n, dtype=torch.float64)
+    expected = C.conv(k, u)
+    spoilt = []
+    for L, (low, top) in zip((C.output, C.kernel, C.input), bases, strict=True):
+        first, last = L.offset // 3, (L.offset + n - 1) // 3 + 1
+        assert (first, last) == L.places
+        other = torch.full_like(top, torch.nan)
+        other[:, first:last, first:last] = top[:, first:last, first:last]
+        spoilt.append([low + (low == 0) * 7.0, other])
+    D = CausalMonarch.from_blocks(spoilt, n, scheme)
+    assert torch.equal(D.conv(k, u), expected)
+    assert torch.equal(D.toeplitz(k) @ u, C.toeplitz(k) @ u)
+
+
+@pytest.mark.parametrize("scheme", ["fourier", "chebyshev"])
+def test_matrices_in_an_autocast_region(scheme):
+    C, _ = make(scheme, 12, (3, 8), dtype=torch.float32, size=1.0)
+    k, u = torch.randn(2, 12)
+    k[0] = 3
+    y = C.conv(k, u)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        T = C.toeplitz(k)
+        found, solved, defined = T.matvec(u), T.solve(y), C.conv_by_evaluation(k, u)
+    assert found.dtype == torch.bfloat16 and solved.dtype == defined.dtype == torch.float32
+    assert_close(found, y, 3e-2)  # every one of the factors rounds
+    assert_close(solved, u, 1e-5)
+    assert_close(defined, y, 1e-5)
+
+
+@pytest.mark.parametrize("scheme", ["fourier", "chebyshev"])
+def test_meta_device_and_default_dtype(scheme):
+    C = CausalMonarch.identity(6, scheme=scheme, dtype=torch.float32)
+    vectors = torch.empty(2, 6, device="meta")
+    assert C.to("meta").conv(*vectors).shape == (6,)
+    assert CausalMonarchConv(6, scheme=scheme, device="meta")(*vectors).shape == (6,)
+    torch.set_default_dtype(torch.float64)
+    try:
+        assert {c.dtype for c in (*C.conditioning().cond, *C.conditioning().bound)} == {torch.float32}
+    finally:
+        torch.set_default_dtype(torch.float32)
+    with pytest.raises(TypeError, match="conditioning needs float32"):
+        C.to(torch.float16).conditioning()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_fit_reports_the_error_of_what_it_returns(dtype):
+    """Coefficients are rounded to the dtype of the samples, which costs more than it may have won."""
+    torch.manual_seed(0)
+    for change in (0.3, 3e-3, 1e-6):
+        C, _ = make("fourier", 6, (3, 2), size=change)
+        k, u = torch.randn(2, 40, 6, dtype=torch.float64)
+        k, u, y = (v.to(dtype) for v in (k, u, C.conv(k, u)))
+        fit = fit_causal_monarch(k, u, y, (3, 2), steps=20)
+        k, u, y = k.double(), u.double(), y.double()
+        measured = ((fit.matrix.to(torch.float64).conv(k, u) - y).norm() / y.norm()).item()
+        assert fit.error == pytest.approx(measured, rel=1e-6)
+        assert fit.error <= fit.plain_error
+    with pytest.raises(ValueError, match="must be finite"):
+        fit_causal_monarch(k * torch.nan, u, y)
+
+
+def test_module_has_no_parameters_that_are_not_read():
+    layer = CausalMonarchConv(60, radix=(10, 12), scheme="chebyshev", dtype=torch.float64)
+    # 60 indices have 6 values of the top digit, 59, ..., 118 have 7.
+    assert [p.shape[-1] for basis in layer.strict for p in basis] == [45, 21, 45, 15, 45, 15]
+    torch.manual_seed(0)
+    for p in layer.parameters():
+        nn.init.normal_(p, std=0.1)
+    layer(*torch.randn(2, 60, dtype=torch.float64)).square().sum().backward()
+    assert all((p.grad != 0).any() for p in layer.parameters())
+    assert [
+        p.shape[-1]
+        for basis in CausalMonarchConv(60, radix=(10, 12), scheme="chebyshev", shared=True).strict
+        for p in basis
+    ] == [45, 66]

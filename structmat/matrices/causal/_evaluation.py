@@ -47,7 +47,7 @@ def evaluation(blocks: Sequence[Tensor], scheme: str) -> Butterfly:
         scheme: "fourier" (the N-th roots of unity; complex) or "chebyshev" (the roots of T_N; coefficients of tau_d).
     """
     radix = [b.shape[-1] for b in blocks]
-    dtype = blocks[0].dtype.to_complex() if scheme == "fourier" else blocks[0].dtype
+    dtype = torch.promote_types(blocks[0].dtype, torch.complex64) if scheme == "fourier" else blocks[0].dtype
     stages = []
     for a, (table, coefs) in enumerate(zip(node_values(radix, scheme, blocks[0].device), blocks, strict=True)):
         values = torch.matmul(table.to(dtype).unsqueeze(-3), coefs.to(dtype).unsqueeze(-4))  # (*batch, A, j_<a, e, j)

@@ -16,10 +16,16 @@ from structmat.matrices.block_diagonal import BlockDiagonal
 from structmat.matrices.butterfly import Butterfly
 from structmat.matrices.causal._echo import echo
 from structmat.matrices.causal._evaluation import evaluation
-from structmat.matrices.displacement._convolution import LinAlgError, values_visible
+from structmat.matrices.displacement._convolution import LinAlgError, values_visible, working
+from structmat.matrices.monarch_p import check_radix
 from structmat_kernels.kronecker_sparse import kronecker_sparse
 
 SCHEMES = ("fourier", "chebyshev")
+
+
+def no_autocast(x: Tensor) -> torch.autocast:
+    """A region for x's device without autocast, which knows no meta device."""
+    return torch.autocast("cpu" if x.is_meta else x.device.type, enabled=False)
 
 
 @matrix
@@ -31,11 +37,12 @@ class CausalBasis(StructuredMatrix):
     coefficients: valuation j. Of scheme "chebyshev", Y_a = T_{w_a}(Z), phi_i is a combination of tau_d(Y_a), d <= i,
     with tau_0 = 1 and tau_d = 2 T_d, and L has the coefficients of q_j in the tau_i(Z), backwards: entry (t, s) is that
     of tau_{offset + n - 1 - t} in q_{offset + n - 1 - s}. Where n + offset is less than N = prod n_a, L is a diagonal
-    block of the N x N matrix. All blocks the identity give L = I of scheme "fourier".
+    block of the N x N matrix, and blocks are read at the values of the top digit that occur in it. All blocks the
+    identity give L = I of scheme "fourier".
 
-    A product takes one small block product a digit, N sum_a n_a multiplications in all. Solves multiply by the inverses
-    of the blocks, which are computed once for all vectors. Of the blocks only the lower ("fourier") or the upper
-    triangle ("chebyshev") is read, as in ``torch.linalg.solve_triangular``. See the page on causal Monarch maps.
+    A product takes one small block product a digit, at most N sum_a n_a multiplications in all. Solves multiply by the
+    inverses of the blocks, which are computed once for all vectors. Of the blocks only the lower ("fourier") or the
+    upper triangle ("chebyshev") is read, as in ``torch.linalg.solve_triangular``. See the page on causal Monarch maps.
 
     Args:
         stages: for digit a a :class:`BlockDiagonal` or a tensor of its blocks [j_<a, d, j_a]: shape
@@ -113,18 +120,37 @@ class CausalBasis(StructuredMatrix):
 
     def triangles(self) -> list[Tensor]:
         """The blocks of every digit without the triangle that is not read."""
-        return [s.blocks.tril() if self.scheme == "fourier" else s.blocks.triu() for s in self.stages]
+        return [self._triangle(s.blocks) for s in self.stages]
+
+    def _triangle(self, blocks: Tensor) -> Tensor:
+        return blocks.tril() if self.scheme == "fourier" else blocks.triu()
+
+    @property
+    def places(self) -> tuple[int, int]:
+        """First and last plus one of the values that the top digit of offset, ..., offset + n - 1 has.
+
+        Of its blocks no other rows and columns are read.
+        """
+        lower = self.points // self.radix[-1]
+        return self.offset // lower, -(-(self.offset + self.n) // lower)
+
+    def _blocks(self) -> list[Tensor]:
+        """Of every digit; of the top one the rows and columns that are read."""
+        first, last = self.places
+        blocks = [s.blocks for s in self.stages]
+        return [*blocks[:-1], blocks[-1][..., first:last, first:last]]
 
     # ---------------------------------------------------------------- products
     def _stages(self, x: Tensor, transposed: bool, inverse: bool) -> Tensor:
-        """Digit by digit over the last dimension, of size N: S_0 S_1 ... S_{p-1} or what is asked for of it."""
-        count = len(self.stages)
-        for a in range(count) if transposed != inverse else range(count - 1, -1, -1):
-            b = self.stages[a].blocks
-            b = b.tril() if self.scheme == "fourier" else b.triu()
-            if inverse:  # once for all vectors
-                eye = torch.eye(b.shape[-1], dtype=b.dtype, device=b.device)
-                b = torch.linalg.solve_triangular(b, eye, upper=self.scheme == "chebyshev")
+        """Digit by digit over the last dimension: S_0 S_1 ... S_{p-1} or what is asked for of it."""
+        blocks = self._blocks()
+        for b in blocks if transposed != inverse else reversed(blocks):
+            if inverse:  # once for all vectors; it reads the triangle only, and has no half precision
+                wide = working(b)
+                eye = torch.eye(b.shape[-1], dtype=wide.dtype, device=b.device)
+                b = torch.linalg.solve_triangular(wide, eye, upper=self.scheme == "chebyshev").to(b.dtype)
+            else:
+                b = self._triangle(b)
             b = b.mT if transposed else b
             width = b.shape[-1] * b.shape[-3]
             rows = x.unflatten(-1, (x.shape[-1] // width, width)).flatten(-3, -2)  # higher digits are more tokens
@@ -138,31 +164,36 @@ class CausalBasis(StructuredMatrix):
             self._check_diagonal()
         batch = len(self.batch_shape)
         lead = x.shape[: max(x.ndim - 2 - batch, 0)]
-        if not lead:
-            return self._rows(x, transposed, inverse)
-        # Dimensions that the blocks do not have are tokens: a matmul would copy the blocks for each of them.
-        first, last = tuple(range(len(lead))), tuple(range(batch, batch + len(lead)))
-        rows = x.movedim(first, last).flatten(batch, batch + len(lead))
-        y = self._rows(rows, transposed, inverse)
-        return y.unflatten(batch, (*lead, x.shape[-2])).movedim(last, first)
+        with no_autocast(x):  # which casts one stage's result and not the next stage
+            if not lead:
+                return self._rows(x, transposed, inverse)
+            # Dimensions that the blocks do not have are tokens: a matmul would copy the blocks for each of them.
+            first, last = tuple(range(len(lead))), tuple(range(batch, batch + len(lead)))
+            rows = x.movedim(first, last).flatten(batch, batch + len(lead))
+            y = self._rows(rows, transposed, inverse)
+            return y.unflatten(batch, (*lead, x.shape[-2])).movedim(last, first)
 
     def _rows(self, x: Tensor, transposed: bool, inverse: bool) -> Tensor:
-        backwards, radix = self.scheme == "chebyshev", self.radix
+        backwards, (first, last) = self.scheme == "chebyshev", self.places
+        radix, lower = (*self.radix[:-1], last - first), self.points // self.radix[-1]
         # A diagonal block of a triangular matrix: zeros go in, what comes out besides is dropped.
-        x = pad(x.flip(-1) if backwards else x, (self.offset, self.points - self.offset - self.n))
+        before = self.offset - first * lower
+        after = (last - first) * lower - before - self.n
+        x = x.flip(-1) if backwards else x
+        x = pad(x, (before, after)) if before or after else x
         if not backwards:
             x = self._stages(x, transposed, inverse)
         elif transposed == inverse:
             x = echo(self._stages(x, transposed, inverse), radix, transposed, inverse)
         else:
             x = self._stages(echo(x, radix, transposed, inverse), transposed, inverse)
-        x = x[..., self.offset : self.offset + self.n]
+        x = x[..., before : before + self.n]
         return x.flip(-1) if backwards else x
 
     def _check_diagonal(self) -> None:
         if values_visible(self.stages[0].blocks):
-            for a, s in enumerate(self.stages):
-                if bool((s.blocks.diagonal(dim1=-2, dim2=-1) == 0).any()):
+            for a, b in enumerate(self._blocks()):
+                if bool((b.diagonal(dim1=-2, dim2=-1) == 0).any()):
                     raise LinAlgError(f"the blocks of stage {a} have a zero on their diagonal: the basis is singular")
 
     def _linear(self, x: Tensor) -> Tensor:
@@ -192,13 +223,14 @@ class CausalBasis(StructuredMatrix):
 
     @property
     def flops(self) -> int:
-        adds = self.points * (len(self.stages) - 1) if self.scheme == "chebyshev" else 0
-        return math.prod(self.batch_shape) * (2 * self.points * sum(self.radix) + adds)
+        radix = [b.shape[-1] for b in self._blocks()]
+        points = math.prod(radix)
+        adds = points * (len(radix) - 1) if self.scheme == "chebyshev" else 0
+        return math.prod(self.batch_shape) * (2 * points * sum(radix) + adds)
 
     @property
     def _solve_flops(self) -> int:
-        blocks = [s.blocks.numel() * s.blocks.shape[-1] for s in self.stages]  # which are inverted
-        return self.flops + sum(blocks)
+        return self.flops + sum([b.numel() * b.shape[-1] for b in self._blocks()])  # which are inverted
 
     # ---------------------------------------------------------------- as polynomials
     def evaluation(self) -> Butterfly:
@@ -220,14 +252,13 @@ class CausalBasis(StructuredMatrix):
         At the cost of the singular values of the blocks. Of scheme "chebyshev" times that of the change of basis.
         """
         self._check_factorisable("condition_bound")
-        bound = torch.ones((), device=self.device)
-        for b in self.triangles():
-            values = torch.linalg.svdvals(b)
-            bound = bound * values[..., 0].amax(-1) / values[..., -1].amin(-1)
+        blocks = self._blocks()
+        ranges = [torch.linalg.svdvals(self._triangle(b)) for b in blocks]
+        bound = math.prod([v[..., 0].amax(-1) / v[..., -1].amin(-1) for v in ranges])
         if self.scheme == "chebyshev":
-            for a in range(len(self.radix) - 1):
-                bound = bound * 2 * math.prod(self.radix[a + 1 :])
-        return bound
+            for a in range(1, len(blocks)):
+                bound = bound * 2 * math.prod([b.shape[-1] for b in blocks[a:]])
+        return bound  # pyright: ignore[reportReturnType]
 
     # ---------------------------------------------------------------- construction
     @classmethod
@@ -244,8 +275,8 @@ class CausalBasis(StructuredMatrix):
     ) -> Self:
         """The basis all of whose blocks are the identity: powers of Z, or products of Chebyshev polynomials."""
         stages, count = [], 1
-        for r in radix:
-            eye = torch.eye(check_int("a radix", r), dtype=dtype, device=device)
+        for r in check_radix(radix):
+            eye = torch.eye(r, dtype=dtype, device=device)
             stages.append(BlockDiagonal(eye.repeat(*batch, count, 1, 1)))
             count *= r
         return cls(tuple(stages), scheme, n, offset)  # pyright: ignore[reportArgumentType]

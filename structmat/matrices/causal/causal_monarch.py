@@ -15,9 +15,10 @@ from structmat._checks import check_broadcast, check_int, check_same, check_tens
 from structmat.base import matrix
 from structmat.lazy import Inverse, Product
 from structmat.matrices.butterfly import Butterfly
-from structmat.matrices.causal.basis import SCHEMES, CausalBasis
-from structmat.matrices.displacement._convolution import convolve, working
+from structmat.matrices.causal.basis import SCHEMES, CausalBasis, no_autocast
+from structmat.matrices.displacement._convolution import convolve
 from structmat.matrices.displacement.causal_toeplitz import CausalToeplitz
+from structmat.matrices.monarch_p import check_radix
 from structmat.value import FactorValue
 
 _CAST = {torch.float16, torch.bfloat16, torch.float32}
@@ -49,9 +50,7 @@ def resolve_radix(n: int, radix: Sequence[int] | None, order: int, scheme: str) 
     least = n if scheme == "fourier" else 2 * n - 1
     if radix is None:
         return covering_radix(least, order)
-    if not isinstance(radix, (tuple, list)) or not radix:
-        raise TypeError(f"radix must be a non-empty sequence of integers, got {radix!r}")
-    radix = tuple(check_int("a radix", r) for r in radix)
+    radix = check_radix(radix)
     if math.prod(radix) < least:
         need = "n" if scheme == "fourier" else "2 n - 1"
         raise ValueError(
@@ -122,8 +121,6 @@ class CausalMonarch(FactorValue):
                 )
             check_same(name, part.stages[0].blocks, "output", self.output.stages[0].blocks)
             check_broadcast(name, part.batch_shape, "output", self.output.batch_shape)
-        if self.scheme == "chebyshev" and len({p.points for p in parts}) > 1:
-            raise ValueError(f"all bases need the same nodes, got {[p.radix for p in parts]}")
 
     @property
     def n(self) -> int:
@@ -177,11 +174,10 @@ class CausalMonarch(FactorValue):
         check_broadcast("k", k.shape[:-1], "u", u.shape[:-1])
         cast = autocast_dtype(u.device)
         result = cast if cast is not None and self.dtype in _CAST else u.dtype
-        with torch.autocast(u.device.type, enabled=False):
-            whole = self._to(None, working(torch.empty(0, dtype=self.dtype)).dtype)
-            k, u = (v.to(whole.dtype).unsqueeze(-2) for v in (k, u))
-            y = convolve(whole.kernel._apply(k), whole.input._apply(u), self.n)
-            return whole.output._apply(y, inverse=True).squeeze(-2).to(result)
+        whole = self._to(None, torch.promote_types(self.dtype, torch.float32))
+        k, u = (v.to(whole.dtype).unsqueeze(-2) for v in (k, u))
+        y = convolve(whole.kernel._apply(k), whole.input._apply(u), self.n)
+        return whole.output._apply(y, inverse=True).squeeze(-2).to(result)
 
     def toeplitz(self, k: Tensor) -> Product:
         """The n x n lower triangular matrix u -> conv(k, u): ``L_0^-1 T(L_1 k) L_2`` with products, solves, inverse.
@@ -195,11 +191,19 @@ class CausalMonarch(FactorValue):
         """
         self._check(k=k)
         self.output._check_factorisable("toeplitz")
-        return Product((Inverse(self.output), CausalToeplitz(self.kernel.matvec(k)), self.input))
+        column = self.kernel._apply(k.to(self.dtype).unsqueeze(-2)).squeeze(-2)
+        return Product((Inverse(self.output), CausalToeplitz(column), self.input))
 
     # ---------------------------------------------------------------- the definition
     def evaluations(self) -> tuple[Butterfly, Butterfly, Butterfly]:
-        """M_0, M_1 and M_2 as Monarch matrices of order p, nodes in one order (:meth:`CausalBasis.evaluation`)."""
+        """M_0, M_1 and M_2 as Monarch matrices of order p, nodes in one order (:meth:`CausalBasis.evaluation`).
+
+        Raises:
+            ValueError: if the bases have different radices, hence other nodes or another order of them.
+        """
+        found = [p.radix for p in (self.output, self.kernel, self.input)]
+        if found[1:] != found[:-1]:
+            raise ValueError(f"evaluations need bases of the same radices, got {found}; conv does without")
         return self.output.evaluation(), self.kernel.evaluation(), self.input.evaluation()
 
     def conv_by_evaluation(self, k: Tensor, u: Tensor) -> Tensor:
@@ -209,13 +213,15 @@ class CausalMonarch(FactorValue):
         """
         self._check(k=k, u=u)
         self.output._check_factorisable("conv_by_evaluation")
-        M_0, M_1, M_2 = self.evaluations()
-        size, backwards = M_0.shape[-1], self.scheme == "chebyshev"
-        values = [
-            M.matvec(pad(v.flip(-1) if backwards else v, (0, size - self.n)).to(M.dtype))
-            for M, v in ((M_1, k), (M_2, u))
-        ]
-        y = M_0._solve((values[0] * values[1]).unsqueeze(-1)).squeeze(-1)
+        backwards = self.scheme == "chebyshev"
+        with no_autocast(u):
+            M_0, M_1, M_2 = self.evaluations()
+            size = M_0.shape[-1]
+            values = [
+                M.matvec(pad(v.flip(-1) if backwards else v, (0, size - self.n)).to(M.dtype))
+                for M, v in ((M_1, k), (M_2, u))
+            ]
+            y = M_0._solve((values[0] * values[1]).unsqueeze(-1)).squeeze(-1)
         y = y[..., self.n - 1 : 2 * self.n - 1].flip(-1) if backwards else y[..., : self.n]
         return y.to(self.dtype) if self.dtype.is_complex or not y.is_complex() else y.real
 
@@ -225,7 +231,11 @@ class CausalMonarch(FactorValue):
 
         They bound the loss of digits: of scheme "fourier" cond(M_i) = cond(L_i) on the first n coefficients, since the
         Fourier transform is unitary up to a factor.
+
+        Raises:
+            TypeError: of half precision.
         """
+        self.output._check_factorisable("conditioning")
         parts = (self.output, self.kernel, self.input)
         first, second, third = (torch.linalg.cond(p.to_dense()) for p in parts)
         one, two, three = (p.condition_bound() for p in parts)
@@ -250,10 +260,11 @@ class CausalMonarch(FactorValue):
         Raises:
             ValueError: if there are neither one nor three, or the product of the radices is too small.
         """
-        if len(blocks) not in (1, 3):
-            raise ValueError(f"blocks must be of one basis or of three, got {len(blocks)}")
+        if not isinstance(blocks, (tuple, list)) or len(blocks) not in (1, 3):
+            found = len(blocks) if isinstance(blocks, (tuple, list)) else type(blocks).__name__
+            raise ValueError(f"blocks must be a sequence of one basis or of three, got {found}")
         for stages in blocks:
-            resolve_radix(check_int("n", n), tuple(b.shape[-1] for b in stages), 1, scheme)
+            resolve_radix(check_int("n", n), CausalBasis(stages, scheme).radix, 1, scheme)  # pyright: ignore
         return cls(*bases(blocks, n, scheme))
 
     @classmethod
