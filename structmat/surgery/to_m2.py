@@ -47,7 +47,7 @@ def to_m2(model: nn.Module, **options: Any) -> M2PreTrainedModel:
 
     Raises:
         ImportError: if transformers is not installed.
-        TypeError: if model is none of these.
+        TypeError: if model is none of these, or there is no such option.
         ValueError: if the BERT is a decoder, its head's activation is not the exact GELU, or an option is out of range
             or asks for sizes that the kept weights do not have.
 
@@ -79,7 +79,7 @@ def to_m2(model: nn.Module, **options: Any) -> M2PreTrainedModel:
     if config.hidden_act != "gelu":
         raise ValueError(f"model must have hidden_act='gelu', as M2-BERT has, got {config.hidden_act!r}")
     base = type(model) is modeling_bert.BertModel
-    ours = _config(m2.M2BertConfig, config, options)
+    ours = _config(m2.M2BertConfig, config, options, type(model) is modeling_bert.BertForSequenceClassification)
     reference: Tensor = next(model.parameters())
     with torch.device(reference.device):
         if base:
@@ -96,7 +96,9 @@ def to_m2(model: nn.Module, **options: Any) -> M2PreTrainedModel:
     return new.train(model.training)
 
 
-def _config(cls: Any, config: Any, options: Mapping[str, Any]) -> Any:
+def _config(cls: Any, config: Any, options: Mapping[str, Any], classifier: bool) -> Any:
+    from structmat.models.m2._config import check_options
+
     names = (
         *("vocab_size", "hidden_size", "num_hidden_layers", "intermediate_size", "max_position_embeddings"),
         *("type_vocab_size", "hidden_dropout_prob", "classifier_dropout", "layer_norm_eps", "initializer_range"),
@@ -107,7 +109,10 @@ def _config(cls: Any, config: Any, options: Mapping[str, Any]) -> Any:
     for name in fixed:
         if options.get(name, sizes[name]) != sizes[name]:
             raise ValueError(f"{name} must be the BERT's, {sizes[name]}, got {options[name]}: its embeddings are kept")
+    check_options(cls, options)
     ours = cls(**{**sizes, **options})
+    if classifier and ours.num_labels != config.num_labels:
+        raise ValueError(f"num_labels must be the BERT's, {config.num_labels}, got {ours.num_labels}: its head is kept")
     if ours.max_position_embeddings > sizes["max_position_embeddings"]:
         raise ValueError(
             f"max_position_embeddings must be at most the BERT's, {sizes['max_position_embeddings']}, got "

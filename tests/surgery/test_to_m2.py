@@ -111,5 +111,9 @@ def test_errors():
         surgery.to_m2(bert("BertModel", hidden_act="relu"))
     with pytest.raises(ValueError, match="hidden_size must be the BERT's, 32, got 64"):
         surgery.to_m2(bert("BertModel"), hidden_size=64)
+    with pytest.raises(ValueError, match="num_labels must be the BERT's, 3, got 5"):
+        surgery.to_m2(bert("BertForSequenceClassification"), num_labels=5)
+    with pytest.raises(TypeError, match="M2BertConfig has no option 'mlp_strucure'"):
+        surgery.to_m2(bert("BertModel"), mlp_strucure=None)
     with pytest.raises(ValueError, match="max_position_embeddings must be at most the BERT's, 40, got 41"):
         surgery.to_m2(bert("BertModel"), max_position_embeddings=41)

@@ -8,6 +8,7 @@ from transformers import (
     AutoModelForMaskedLM,
     AutoModelForSequenceClassification,
 )
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from structmat.models.m2._base import M2Block, M2PreTrainedModel
 from structmat.models.m2._config import M2Config
@@ -56,3 +57,7 @@ for _config, _models in (
     AutoConfig.register(_config.model_type, _config, exist_ok=True)
     for _auto, _model in _models.items():
         _auto.register(_config, _model, exist_ok=True)
+
+# The Trainer smooths labels and text generation pipelines run for the models in this table: elsewhere labels would not
+# be shifted against the logits.
+MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[M2GPTConfig.model_type] = M2GPTForCausalLM.__name__

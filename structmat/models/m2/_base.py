@@ -73,6 +73,18 @@ class M2PreTrainedModel(PreTrainedModel):
     _keep_in_fp32_modules_strict: ClassVar[Any] = ["filter"]
     _no_split_modules: ClassVar[list[str]] = ["M2Block", "M2BertLayer"]
 
+    def __init__(self, config: M2Config, *args: Any, **kwargs: Any) -> None:
+        config._check()  # what from_pretrained is given becomes attributes of a configuration that was checked before
+        super().__init__(config, *args, **kwargs)
+
+    @classmethod
+    def is_custom_code(cls) -> bool:
+        """No: transformers skips a module of custom code that has no missing tensors of its own.
+
+        A :class:`StructuredLinear` has none but its bias, as its factors are its child's. What is loaded is kept here.
+        """
+        return False
+
     def _init_weights(self, module: nn.Module) -> None:
         std: float | None = self.config.initializer_range
         if isinstance(module, nn.Embedding):
@@ -123,15 +135,18 @@ def _reset(module: nn.Module) -> None:
     """New initial values of all tensors of a module but those that ``from_pretrained`` has loaded."""
     tensors = (*module.parameters(), *module.buffers())
     loaded = [(t, t.clone()) for t in tensors if getattr(t, "_is_hf_initialized", False)]
+    if len(loaded) == len(tensors):
+        return
     module.reset_parameters()  # pyright: ignore[reportCallIssue]
     for tensor, value in loaded:
         tensor.copy_(value)
 
 
 def check_tokens(
-    input_ids: Tensor | None, inputs_embeds: Tensor | None, attention_mask: Tensor | None, longest: int, seen: int = 0
+    input_ids: Tensor | None, inputs_embeds: Tensor | None, attention_mask: Tensor | None, config: Any, seen: int = 0
 ) -> tuple[int, int]:
     """Batch and length of a text; raise unless exactly one of its forms is given, it fits, and so does the mask."""
+    longest = config.max_position_embeddings
     if (input_ids is None) == (inputs_embeds is None):
         raise ValueError("give exactly one of input_ids and inputs_embeds")
     if input_ids is not None:
@@ -142,7 +157,12 @@ def check_tokens(
         assert inputs_embeds is not None
         if inputs_embeds.ndim != 3:
             raise ValueError(f"inputs_embeds must have shape (batch, length, dim), got {tuple(inputs_embeds.shape)}")
-        batch, length, _ = inputs_embeds.shape
+        batch, length, dim = inputs_embeds.shape
+        if dim != config.hidden_size:
+            raise ValueError(f"inputs_embeds must have hidden_size {config.hidden_size} at the end, got {dim}")
+    if length == 0:
+        behind = f" behind the {seen} that the cache has seen" if seen else ""
+        raise ValueError(f"a sequence must have at least one token{behind}, got none")
     if seen + length > longest:
         raise ValueError(
             f"the sequence has {seen + length} tokens, more than config.max_position_embeddings = {longest}; "

@@ -82,6 +82,10 @@ class M2Config(PretrainedConfig):
         super().__init__(**kwargs)
         self._check()
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        # Also where transformers overrides what a file says: dictionaries only can be written to the next one.
+        super().__setattr__(name, _structure_dict(name, value) if name.endswith("_structure") else value)
+
     def _check(self) -> None:
         for name in self._sizes:
             check_int(name, getattr(self, name))
@@ -109,6 +113,14 @@ class M2Config(PretrainedConfig):
     def sequence_length(self) -> int:
         """The longest sequence, which is the number of the filters' taps."""
         raise NotImplementedError
+
+
+def check_options(config: type[M2Config], options: Mapping[str, Any]) -> None:
+    """Raise at a name that no configuration has: ``PretrainedConfig`` would take it as an attribute, without effect."""
+    default = config()
+    for name in options:
+        if not hasattr(default, name):
+            raise TypeError(f"{config.__name__} has no option {name!r}")
 
 
 def _structure_dict(name: str, structure: Structure) -> dict[str, Any] | None:

@@ -126,18 +126,20 @@ class M2BertModel(M2PreTrainedModel):
         Args:
             input_ids: tokens (batch, length).
             attention_mask: (batch, length), 1 at tokens and 0 at padding; None keeps all.
-            token_type_ids: (batch, length), 0 if None.
+            token_type_ids: (batch, length) or (1, length), 0 if None.
             position_ids: (batch, length) or (1, length); counted along the mask if None.
             inputs_embeds: (batch, length, hidden_size), in place of input_ids.
             output_hidden_states: whether to return the embeddings and the outputs of all layers.
             return_dict: whether to return an output object, in place of a tuple.
 
         Raises:
-            ValueError: if not exactly one of input_ids and inputs_embeds is given, the text is longer than the
-                configuration allows, or the mask has another shape.
+            ValueError: if not exactly one of input_ids and inputs_embeds is given, the text is empty or longer than
+                the configuration allows, or an argument has another shape.
         """
-        longest = self.config.max_position_embeddings
-        _, length = check_tokens(input_ids, inputs_embeds, attention_mask, longest)
+        batch, length = check_tokens(input_ids, inputs_embeds, attention_mask, self.config)
+        for name, ids in (("token_type_ids", token_type_ids), ("position_ids", position_ids)):
+            if ids is not None and tuple(ids.shape) not in ((batch, length), (1, length)):
+                raise ValueError(f"{name} must have shape ({batch}, {length}), got {tuple(ids.shape)}")
         x = self.embeddings.tokens(input_ids) if inputs_embeds is None else inputs_embeds
         if position_ids is None:
             position_ids = self._positions(attention_mask, length, x.device)

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from structmat.config import BlockDiagonalConfig
 from structmat.models.m2._base import M2PreTrainedModel
+from structmat.models.m2._config import check_options
 from structmat.models.m2.configuration import M2BertConfig
 
 _PREFIX = "model."
@@ -27,30 +28,36 @@ class _Entry(NamedTuple):
 
 
 def convert_m2_state_dict(
-    state: Mapping[str, Any], max_position_embeddings: int | None = None, **options: Any
+    state: Mapping[str, Any], max_position_embeddings: int | None = None, w_mod: float = 1.0, **options: Any
 ) -> tuple[M2BertConfig, dict[str, Tensor]]:
     """The configuration and the weights of a released M2-BERT.
 
     Sizes, directions, the residual convolution and the layer norm of the mixer are read from names and shapes. Learned
     positions of the filters (``pos_emb.z``), their times and decays are taken as they are.
 
-    A longer ``max_position_embeddings`` does what the released loader does: position embeddings and ``pos_emb.z`` are
-    repeated, and the times of the filters run from 0 to 1 over the new length. The taps are others then: train on.
+    A longer ``max_position_embeddings`` does what the released loader is for: position embeddings and ``pos_emb.z`` are
+    repeated, and the times of the filters run from 0 to 1 over the new length. (That loader leaves the first repetition
+    of ``pos_emb.z`` at 0; here it is like the others.) The taps are others than the short model's: train on.
 
     Args:
         state: the state dict of the released ``BertForMaskedLM`` or ``BertForSequenceClassification``, with or without
             the prefix ``model.``, or the checkpoint that has it under ``["state"]["model"]``.
         max_position_embeddings: longest sequence; that of the checkpoint if None.
+        w_mod: the factor ``hyena_w_mod`` of the sines that the model was trained with, where it was not 1: no weight
+            tells. It is multiplied into the frequencies.
         **options: for :class:`M2BertConfig`: what the weights do not tell, such as ``pooling="mean"`` (its
-            ``pool_all``), or ``legacy_padding=True`` for exactly the released outputs.
+            ``pool_all``), ``legacy_padding=True`` for exactly the released outputs, or ``intermediate_size`` where the
+            number of blocks does not divide it, as blocks are padded then.
 
     Returns:
         The configuration, and the state dict of :class:`M2BertForMaskedLM` or, of a checkpoint with a classifier, of
         :class:`M2BertForSequenceClassification`. Tensors that need no change are shared, not copied.
 
     Raises:
+        TypeError: if :class:`M2BertConfig` has no such option.
         ValueError: if names are missing or unknown, shapes do not fit, weights that must be tied differ, or the new
-            length is shorter than the old one; the message lists them.
+            length is shorter than the old one; the message lists them. Also if blocks may be padded, as hidden_size is
+            no multiple of their number, and intermediate_size is not given.
 
     Example:
         >>> import torch
@@ -77,6 +84,8 @@ def convert_m2_state_dict(
         if entry.ours in new and not torch.equal(new[entry.ours], value):
             raise ValueError(f"{entry.theirs} must be equal to the weight that it is tied to: both are {entry.ours}")
         new.setdefault(entry.ours, value)
+    if w_mod != 1:
+        new = {name: value * w_mod if name.endswith(".filter.frequency") else value for name, value in new.items()}
     if max_position_embeddings is not None:
         new = _lengthen(new, found.max_position_embeddings, max_position_embeddings)
         found.max_position_embeddings = max_position_embeddings
@@ -142,25 +151,30 @@ def _config(state: Mapping[str, Tensor], options: Mapping[str, Any]) -> M2BertCo
     gate = state.get(f"{first}mlp.gated_layers.weight")
     dense = gate is not None and gate.ndim == 2
     sizes = _shape(state, f"{first}mlp.gated_layers.weight", 2 if dense else 3)
+    if not dense and dim % sizes[0] and "intermediate_size" not in options:
+        raise ValueError(
+            f"intermediate_size must be given: {sizes[0]} blocks do not divide hidden_size {dim}, so that they are "
+            "padded, and the weights do not tell how much"
+        )
+    found = {
+        "vocab_size": vocab,
+        "hidden_size": dim,
+        "num_hidden_layers": len(layers),
+        "intermediate_size": (sizes[0] if dense else sizes[0] * sizes[1]) // 2,
+        "max_position_embeddings": length,
+        "type_vocab_size": kinds,
+        "mlp_structure": None if dense else BlockDiagonalConfig(nblocks=sizes[0]),
+        "filter_features": features,
+        "filter_width": width,
+        "filter_depth": sum(name.startswith(f"{taps}implicit_filter.") and name.endswith(".freq") for name in state),
+        "bidirectional": any(name.startswith(f"{taps}implicit_filter_rev.") for name in state),
+        "residual_long_conv": any(name.startswith(f"{first}attention.filter_fn2.") for name in state),
+        "mixer_norm": f"{first}attention.layernorm.weight" in state,
+    }
     if "classifier.weight" in state:
-        options = {"num_labels": len(state["classifier.weight"]), **options}
-    config = M2BertConfig(
-        vocab_size=vocab,
-        hidden_size=dim,
-        num_hidden_layers=len(layers),
-        intermediate_size=(sizes[0] if dense else sizes[0] * sizes[1]) // 2,
-        max_position_embeddings=length,
-        type_vocab_size=kinds,
-        mlp_structure=None if dense else BlockDiagonalConfig(nblocks=sizes[0]),
-        filter_features=features,
-        filter_width=width,
-        filter_depth=sum(name.startswith(f"{taps}implicit_filter.") and name.endswith(".freq") for name in state),
-        bidirectional=any(name.startswith(f"{taps}implicit_filter_rev.") for name in state),
-        residual_long_conv=any(name.startswith(f"{first}attention.filter_fn2.") for name in state),
-        mixer_norm=f"{first}attention.layernorm.weight" in state,
-        **options,
-    )
-    return config
+        found["num_labels"] = len(state["classifier.weight"])
+    check_options(M2BertConfig, options)
+    return M2BertConfig(**{**found, **options})
 
 
 def _affine(theirs: str, ours: str, *shape: int) -> Iterator[_Entry]:

@@ -17,7 +17,8 @@ class M2Cache:
     """What M2-GPT remembers of the tokens that it has seen: one state a layer.
 
     It stands where a cache of keys and values stands in other models, as ``past_key_values``. The short filters keep
-    their last inputs, the long convolutions all of theirs. The tensors in it are never changed in place.
+    their last inputs, the long convolutions all of theirs. Reading further tokens moves it on, in place: to go on in
+    two ways from one state take a ``copy.deepcopy`` first.
 
     Args:
         layers: how many layers the model has.
@@ -105,15 +106,17 @@ class M2GPTModel(M2PreTrainedModel):
 
         Raises:
             TypeError: if past_key_values is no :class:`M2Cache`.
-            ValueError: if not exactly one of input_ids and inputs_embeds is given, the text is longer than the
-                configuration allows, or the mask has another shape.
+            ValueError: if not exactly one of input_ids and inputs_embeds is given, the text is empty or longer than
+                the configuration allows, an argument has another shape, or the cache is that of another model.
+            RuntimeError: if gradients are asked for behind a cache: it holds no graph. Use ``torch.no_grad()``.
         """
         cache = past_key_values
         if cache is not None and not isinstance(cache, M2Cache):
             raise TypeError(f"past_key_values must be an M2Cache, got {type(cache).__name__}")
+        if cache is not None and len(cache.layers) != len(self.layers):
+            raise ValueError(f"past_key_values must have {len(self.layers)} layers, got {len(cache.layers)}")
         seen = 0 if cache is None else cache.seen
-        longest = self.config.max_position_embeddings
-        _, length = check_tokens(input_ids, inputs_embeds, attention_mask, longest, seen)
+        _, length = check_tokens(input_ids, inputs_embeds, attention_mask, self.config, seen)
         x = self.dropout(self.tokens(input_ids) if inputs_embeds is None else inputs_embeds)
         mask = None if attention_mask is None else attention_mask[:, attention_mask.shape[1] - length :]
         keep = self._keep(output_hidden_states)
@@ -132,11 +135,12 @@ class M2GPTModel(M2PreTrainedModel):
 
     def _extend(self, x: Tensor, mask: Tensor | None, cache: M2Cache, keep: bool) -> tuple[Tensor, list[Tensor]]:
         inputs: list[Tensor] = []
-        cache.seen += x.shape[1]
+        new = x.shape[1]
         for i, layer in enumerate(self.layers):
             if keep:
                 inputs.append(x)
             x, cache.layers[i] = layer.extend(x, mask, cache.layers[i])  # pyright: ignore[reportCallIssue]
+        cache.seen += new
         return x, inputs
 
 

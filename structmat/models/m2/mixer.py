@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor, nn
 
 from structmat._checks import check_int
@@ -82,10 +83,18 @@ class M2SequenceMixer(nn.Module):
         self.length = check_int("length", length)
         self.norm = nn.LayerNorm(check_int("dim", dim)) if norm else None
 
+        # Positions and frequencies need more than half precision, whatever the default dtype of the other parameters.
+        exact = torch.promote_types(torch.get_default_dtype(), torch.float32)
+
         def long_conv() -> LongConv:
-            directions = 2 if mode == "bidirectional" else 1
             taps = ImplicitFilter(
-                *(dim, length), features=features, width=width, depth=depth, frequency=frequency, directions=directions
+                *(dim, length),
+                features=features,
+                width=width,
+                depth=depth,
+                frequency=frequency,
+                directions=2 if mode == "bidirectional" else 1,
+                dtype=exact,
             )
             return LongConv(dim, length, mode=mode, filter=taps)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -12,6 +13,8 @@ from torch import Tensor, nn
 
 from structmat._checks import check_int
 from structmat.matrices.displacement._convolution import working
+
+_HALF = (torch.float16, torch.bfloat16)
 
 
 class ImplicitFilter(nn.Module):
@@ -26,8 +29,9 @@ class ImplicitFilter(nn.Module):
     t = slow_decay (first channel) to t = fast_decay (last one); ``frequency`` (1, width), a parameter shared by all
     sines; and for every direction an MLP of its own, ``mlps[direction][layer].weight`` and ``.bias``.
 
-    Taps are computed in float32 (or float64) whatever autocast says. A module cast to bfloat16 keeps its positions in
-    8 bits: for training in low precision leave filters in float32 and use autocast.
+    Taps are computed in float32 (or float64) whatever autocast says. Casts to half precision, such as
+    ``model.bfloat16()``, leave the filter in float32: the sines turn many times, and taps of a rounded one are wrong by
+    a tenth and more.
 
     Args:
         channels: taps are made for so many.
@@ -119,6 +123,15 @@ class ImplicitFilter(nn.Module):
         rates = [math.log(self.target) / at for at in (self.slow_decay, self.fast_decay)]
         self.deltas.copy_(torch.linspace(rates[0], rates[1], self.channels, dtype=torch.float64))
         self.frequency.fill_(self.initial_frequency)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> ImplicitFilter:
+        def apply(tensor: Tensor) -> Tensor:
+            found = fn(tensor)
+            # Not found.float(), which would be rounded already.
+            return tensor.to(found.device) if found.dtype in _HALF and tensor.dtype not in _HALF else found
+
+        super()._apply(apply, recurse)
+        return self
 
     def _positions(self, count: int) -> tuple[Tensor, Tensor]:
         """Features z and times t as they are made, in double precision."""

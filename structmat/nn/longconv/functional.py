@@ -12,6 +12,7 @@ from torch import Tensor
 from structmat._checks import check_broadcast, check_inexact, check_int, check_tensor
 from structmat.matrices.displacement._convolution import good_size, transform, untransform, working
 from structmat.nn.longconv._monarch import monarch_convolution
+from structmat_kernels.fft_conv import fft_conv, supported
 
 #: How the cyclic convolution inside may be computed.
 ALGORITHMS = ("fft", "monarch")
@@ -27,6 +28,7 @@ def long_convolution(
     *,
     algorithm: str = "fft",
     order: int = 2,
+    backend: str | None = None,
 ) -> Tensor:
     """A convolution of every channel with a filter of its own, of any number of taps, in both directions if asked.
 
@@ -52,6 +54,8 @@ def long_convolution(
         post_gate: shape of u.
         algorithm: "fft" for torch.fft, "monarch" for block products (see :class:`~structmat.nn.LongConv`).
         order: of "monarch", how many products: 1 to 4.
+        backend: of "fft": "auto", "torch" or "triton", whose kernel takes filters without a batch and real numbers of
+            at most 32 bits; None is the default.
 
     Returns:
         Shape of u (broadcast with the batches of the filters), dtype of u (complex if anything is).
@@ -72,6 +76,11 @@ def long_convolution(
     """
     check_algorithm(algorithm, order)
     check_operands(u, k, k_rev, skip, pre_gate, post_gate)
+    if algorithm == "fft" and _kernel_takes(u, k, k_rev, skip, pre_gate, post_gate, backend):
+        rows = [None if t is None else t.reshape(-1, *u.shape[-2:]) for t in (u, pre_gate, post_gate)]
+        taps = [None if t is None else t.expand(u.shape[-2], -1) for t in (k, k_rev)]
+        assert rows[0] is not None and taps[0] is not None
+        return fft_conv(rows[0], taps[0], taps[1], skip, rows[1], rows[2], backend=backend).view(u.shape)
 
     def convolve(x: Tensor) -> Tensor:
         length = x.shape[-1]
@@ -83,6 +92,23 @@ def long_convolution(
         return untransform(spectrum, size, x.dtype)[..., :length]
 
     return gated(u, convolve, k, k_rev, skip, pre_gate, post_gate)
+
+
+def _kernel_takes(
+    u: Tensor,
+    k: Tensor,
+    k_rev: Tensor | None,
+    skip: Tensor | None,
+    pre_gate: Tensor | None,
+    post_gate: Tensor | None,
+    backend: str | None,
+) -> bool:
+    """Whether one call of the kernel does it: a batch of filters, or gates of another dtype, go the other way."""
+    plain = all(t is None or t.ndim == 2 for t in (k, k_rev))
+    plain = plain and all(t is None or t.dtype == u.dtype for t in (pre_gate, post_gate))
+    if backend == "triton" and not plain:
+        raise ValueError('backend="triton" needs filters of shape (channels, taps) and gates of the dtype of u')
+    return plain and supported(u, k, k_rev, skip, pre_gate, post_gate, backend=backend)
 
 
 def circular_convolution(

@@ -6,11 +6,12 @@ import dataclasses
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
+from structmat._autocast import autocast_dtype
 from structmat._checks import check_int, check_tensor
 from structmat.nn.longconv.streaming import register_state, reordered
+from structmat_kernels.short_conv import short_conv
 
 
 @register_state
@@ -84,7 +85,7 @@ class ShortConv(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """The convolution of x, shape (*batch, channels, length)."""
         self._check(x, 2)
-        return self._valid(F.pad(x, (self.kernel_size - 1, 0)))
+        return self._conv(x)
 
     def prefill(self, x: Tensor, state: ShortConvState | None = None) -> tuple[Tensor, ShortConvState]:
         """The outputs of a first or further piece of the input, and the state behind it.
@@ -99,11 +100,12 @@ class ShortConv(nn.Module):
             Outputs of x's shape, and the state.
         """
         self._check(x, 2)
-        state = self._begun(x, state)
-        joined = torch.cat([state.history, x], -1)
-        # A copy: a view would keep the whole piece in memory.
-        history = joined[..., joined.shape[-1] - (self.kernel_size - 1) :].clone()
-        return self._valid(joined), ShortConvState(history, state.position + x.shape[-1])
+        before, reach = self._begun(x, state), self.kernel_size - 1
+        y = self._conv(x) if state is None else self._conv(torch.cat([before.history, x], -1))[..., reach:]
+        recent = torch.cat([before.history, x[..., -reach:] if reach else x[..., :0]], -1)
+        # A copy: a view would keep all of it in memory.
+        history = recent[..., recent.shape[-1] - reach :].clone()
+        return y, ShortConvState(history, before.position + x.shape[-1])
 
     def step(self, x: Tensor, state: ShortConvState | None = None) -> tuple[Tensor, ShortConvState]:
         """:meth:`prefill` of one input of shape (*batch, channels); the output has this shape too."""
@@ -129,13 +131,17 @@ class ShortConv(nn.Module):
         if x.shape[-sizes] != self.channels:
             raise ValueError(f"x must have {self.channels} channels in dimension {-sizes}, got shape {tuple(x.shape)}")
 
-    def _valid(self, x: Tensor) -> Tensor:
-        """Outputs where all taps meet an input."""
-        if x.shape[-1] < self.kernel_size:  # of an empty input, which F.conv1d refuses
-            return x[..., :0]
-        rows = x.flatten(0, -3) if x.ndim > 3 else x
-        y = F.conv1d(rows, self.weight, self.bias, groups=self.channels)
-        return y.view(*x.shape[:-1], y.shape[-1])
+    def _conv(self, x: Tensor) -> Tensor:
+        weight, bias, region = self.weight.squeeze(1), self.bias, autocast_dtype(x.device)
+        if region is not None:
+            x, weight = _cast(x, region), _cast(weight, region)
+            bias = None if bias is None else _cast(bias, region)
+        return short_conv(x, weight, bias)
 
     def extra_repr(self) -> str:
         return f"{self.channels}, kernel_size={self.kernel_size}, bias={self.bias is not None}"
+
+
+def _cast(t: Tensor, dtype: torch.dtype) -> Tensor:
+    """What an autocast region of this dtype does to an operand of ``F.conv1d``."""
+    return t.to(dtype) if t.dtype in (torch.float32, torch.float16, torch.bfloat16) else t

@@ -70,6 +70,19 @@ def test_content_of_padding_changes_nothing(bert, tokens):
     assert not torch.equal(one, bert(tokens).last_hidden_state[:, :12])
 
 
+@pytest.mark.parametrize("dtype", [torch.bool, torch.uint8, torch.float32, torch.bfloat16])
+def test_masks_of_any_dtype(bert_config, stir, tokens, dtype):
+    """One row is padding altogether, one has a hole."""
+    mask = torch.ones_like(tokens)
+    mask[0], mask[1, 8], mask[2, :5] = 0, 0, 0
+    for pooling in ("cls", "mean"):
+        bert = stir(M2BertModel(bert_config(pooling=pooling)).eval())
+        with torch.no_grad():
+            got, expected = bert(tokens, mask.to(dtype)), bert(tokens, mask)
+        assert torch.equal(got.last_hidden_state, expected.last_hidden_state) and got.pooler_output.isfinite().all()
+        assert torch.equal(got.pooler_output, expected.pooler_output)
+
+
 def test_every_output_depends_on_every_input(bert, tokens):
     x = bert.get_input_embeddings()(tokens[:1]).detach().requires_grad_()
     y = bert(inputs_embeds=x).last_hidden_state
@@ -175,6 +188,13 @@ def test_bad_inputs(bert, tokens):
         M2BertConfig.preset("1B")
     with pytest.raises(ValueError, match=r"has 161 tokens, more than config\.max_position_embeddings = 160"):
         bert(torch.ones(1, 161, dtype=torch.long))
+    with pytest.raises(ValueError, match="at least one token, got none"):
+        bert(tokens[:, :0])
+    with pytest.raises(ValueError, match="inputs_embeds must have hidden_size 16 at the end, got 17"):
+        bert(inputs_embeds=torch.ones(3, 20, 17))
+    for name in ("token_type_ids", "position_ids"):
+        with pytest.raises(ValueError, match=rf"{name} must have shape \(3, 20\), got \(3, 19\)"):
+            bert(tokens, **{name: tokens[:, :19]})
     with pytest.raises(ValueError, match="exactly one"):
         bert(tokens, inputs_embeds=torch.ones(3, 20, 16))
     with pytest.raises(ValueError, match=r"input_ids must have shape \(batch, length\), got \(20,\)"):

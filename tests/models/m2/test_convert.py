@@ -157,6 +157,33 @@ def test_dense_mlp_and_wrapped_checkpoint(released_state):
     assert relative_error(dense(ids).logits, blocks(ids).logits) <= 1e-12
 
 
+def test_w_mod_multiplies_the_frequencies(released_state):
+    state = released_state()
+    model = load(state, w_mod=3, legacy_padding=True)
+    ids = torch.arange(20).view(2, 10)
+    for name in list(state):
+        if name.endswith(".freq"):
+            state[name] = 3 * state[name]
+    with torch.no_grad():
+        assert relative_error(model(ids).logits, Released(state).logits(ids)) <= 1e-12
+
+
+@pytest.mark.parametrize(("dim", "hidden", "blocks"), [(16, 23, 4), (14, 23, 5), (14, 25, 5)])
+def test_padded_blocks_need_the_size(dim, hidden, blocks):
+    sizes = {"hidden_size": dim, "intermediate_size": hidden, "num_hidden_layers": 1, "filter_width": 8}
+    structure = structmat.BlockDiagonalConfig(nblocks=blocks)
+    model = M2BertForMaskedLM(M2BertConfig(vocab_size=50, mlp_structure=structure, **sizes)).double().eval()
+    state, ids = export_m2_state_dict(model), torch.arange(20).view(2, 10)
+    again = load(state, intermediate_size=hidden)
+    with torch.no_grad():
+        assert relative_error(again(ids).logits, model(ids).logits) <= 1e-12
+    if dim % blocks:
+        with pytest.raises(ValueError, match="intermediate_size must be given: 5 blocks do not divide hidden_size 14"):
+            convert_m2_state_dict(state)
+    with pytest.raises(ValueError, match=r"mlp\.wo\.weight has shape"):
+        convert_m2_state_dict(state, intermediate_size=hidden + 8)
+
+
 def test_positions_of_the_filters_are_loaded(released_state):
     state = released_state()
     model = load(state)
@@ -217,6 +244,10 @@ def test_errors_name_what_is_wrong(released_state):
         convert_m2_state_dict(state)
     with pytest.raises(ValueError, match=r"word_embeddings\.weight' is missing"):
         convert_m2_state_dict({})
+    with pytest.raises(ValueError, match=r"missing: bert\.encoder\.layer\.0\.attention\.layernorm\.weight"):
+        convert_m2_state_dict(released_state(), mixer_norm=True)
+    with pytest.raises(TypeError, match="M2BertConfig has no option 'legacy_paddding'"):
+        convert_m2_state_dict(released_state(), legacy_paddding=True)
     with pytest.raises(ValueError, match="at least that of the checkpoint, 32, got 16"):
         convert_m2_state_dict(released_state(), max_position_embeddings=16)
     with pytest.raises(TypeError, match="must be an M2-BERT with a head, got M2BertModel"):

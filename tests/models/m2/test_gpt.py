@@ -70,6 +70,15 @@ def test_states_give_the_outputs_of_the_whole(gpt, tokens, pieces):
 def test_training_returns_no_state(gpt, tokens):
     assert gpt.train()(tokens).past_key_values is None
     assert gpt.eval()(tokens).past_key_values is not None
+    gpt.train().gradient_checkpointing_enable({"use_reentrant": False})
+    assert gpt(tokens, use_cache=True).past_key_values is None
+
+
+@pytest.mark.parametrize("use_cache", [False, True])
+def test_a_layer_norm_stands_at_the_end(gpt_config, tokens, use_cache):
+    with torch.no_grad():
+        last = M2GPTForCausalLM(gpt_config()).eval().model(tokens, use_cache=use_cache).last_hidden_state
+    assert last.mean(-1).abs().max() <= 1e-5 and (last.var(-1, correction=0) - 1).abs().max() <= 0.1
 
 
 @pytest.mark.parametrize("how", [{}, {"num_beams": 3}, {"num_beams": 3, "num_return_sequences": 2}])
@@ -121,6 +130,22 @@ def test_generation_goes_on_from_a_state(gpt, tokens):
     assert torch.equal(gpt.generate(tokens, past_key_values=cache, **how), gpt.generate(tokens, **how))
 
 
+def test_a_conversation_goes_on_from_what_generation_returns(gpt, tokens):
+    how = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 0}
+    out = gpt.generate(tokens, return_dict_in_generate=True, **how)
+    longer = torch.cat([out.sequences, tokens[:, :3]], 1)
+    how["attention_mask"] = torch.ones_like(longer)  # a 0 that was generated is no padding
+    assert torch.equal(gpt.generate(longer, past_key_values=out.past_key_values, **how), gpt.generate(longer, **how))
+
+
+@pytest.mark.parametrize("length", [20, 10])
+def test_generation_needs_a_token_behind_the_state(gpt, tokens, length):
+    with torch.no_grad():
+        cache = gpt(tokens).past_key_values
+    with pytest.raises(ValueError, match="at least one token behind the 20 that the cache has seen"):
+        gpt.generate(tokens[:, :length], past_key_values=cache, max_new_tokens=2, pad_token_id=0)
+
+
 def test_generation_stops_at_the_end_of_texts(gpt, tokens):
     how = {"max_new_tokens": 12, "do_sample": False, "pad_token_id": 0}
     free = gpt.generate(tokens, **how)
@@ -158,6 +183,13 @@ def test_errors(gpt, tokens):
     cache = gpt(tokens).past_key_values
     with pytest.raises(ValueError, match="has 70 tokens"):
         gpt(torch.ones(3, 50, dtype=torch.long), past_key_values=cache)
+    with pytest.raises(RuntimeError, match="a state holds no graph"):
+        gpt(tokens, past_key_values=cache)
+    assert cache.get_seq_length() == 20
+    with torch.no_grad(), pytest.raises(ValueError, match="past_key_values must have 2 layers, got 3"):
+        gpt(tokens, past_key_values=M2Cache(3))
+    with pytest.raises(ValueError, match="assisted generation is not supported"):
+        gpt.generate(tokens[:1], prompt_lookup_num_tokens=3, max_new_tokens=5, pad_token_id=0)
     with pytest.raises(ValueError, match="exactly one of input_ids and inputs_embeds"):
         gpt()
     with pytest.raises(ValueError, match=r"attention_mask must have shape \(3, 20\), got \(3, 19\)"):

@@ -112,6 +112,107 @@ def test_partly_missing_weights_keep_the_others(gpt_config, tmp_path):
     assert 0 < (again[gone[0]] - state[gone[0]]).abs().max() < 1
 
 
+@pytest.mark.parametrize(
+    "part", ["mlp.gate.weight", "mlp.out.weight", "mixer.long", "filter.mlps", "mixer.project.weight"]
+)
+def test_missing_weights_of_a_kind_are_drawn(gpt_config, stir, tmp_path, part):
+    """Also factors, which are the parameters of a child of the layer that draws them."""
+    model = stir(M2GPTForCausalLM(gpt_config()))
+    state = model.state_dict()
+    model.save_pretrained(tmp_path, state_dict={k: v for k, v in state.items() if part not in k and "lm_head" not in k})
+    torch.manual_seed(0)
+    again = M2GPTForCausalLM.from_pretrained(tmp_path).state_dict()
+    fresh = M2GPTForCausalLM(gpt_config()).state_dict()
+    for name, value in state.items():
+        if part not in name:
+            assert torch.equal(again[name], value), name
+        elif value.numel() > 60:
+            assert 0.7 < again[name].std() / fresh[name].std() < 1.4, name
+
+
+def test_an_empty_model_gets_its_weights(gpt_config, tokens):
+    with torch.device("meta"):
+        model = M2GPTForCausalLM(gpt_config())
+    model.to_empty(device="cpu")
+    with torch.no_grad():
+        for tensor in (*model.parameters(), *model.buffers()):
+            tensor.fill_(torch.nan)
+    model.init_weights()
+    assert model(tokens).logits.isfinite().all() and model.lm_head.weight is model.model.tokens.weight
+
+
+def test_options_that_override_a_file(bert_config, tokens, tmp_path):
+    M2BertModel(bert_config()).save_pretrained(tmp_path / "one")
+    structure = structmat.MonarchConfig(nblocks=(2, 4))
+    model = M2BertModel.from_pretrained(tmp_path / "one", mlp_structure=structure)
+    model.save_pretrained(tmp_path / "two")
+    again = M2BertModel.from_pretrained(tmp_path / "two").eval()
+    assert isinstance(again.layers[0].mlp.gate.weight(), structmat.Monarch)
+    assert relative_error(again(tokens)[0].detach(), model.eval()(tokens)[0].detach()) <= 1e-5
+    with pytest.raises(ValueError, match="pooling must be 'cls' or 'mean', got 'max'"):
+        M2BertModel.from_pretrained(tmp_path / "one", pooling="max")
+
+
+def test_models_made_in_half_precision_spare_the_filters(gpt_config, tokens):
+    model = transformers.AutoModelForCausalLM.from_config(gpt_config(), dtype=torch.bfloat16)
+    for name, tensor in model.state_dict().items():
+        assert tensor.dtype == (torch.float32 if ".filter." in name else torch.bfloat16), name
+    assert model(tokens).logits.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("kind", ["mlm", "lm", "classifier"], indirect=True)
+def test_resized_vocabulary(model, inputs, tmp_path):
+    with torch.no_grad():
+        before = first(model(**inputs))
+        model.resize_token_embeddings(57)
+        after = first(model(**inputs))
+        assert torch.equal(after[..., : before.shape[-1]], before) and model.config.vocab_size == 57
+        assert model.get_output_embeddings() is None or after.shape[-1] == 57
+        model.save_pretrained(tmp_path, max_shard_size="5KB")
+        assert len(list(tmp_path.glob("*.safetensors"))) > 2
+        assert relative_error(first(type(model).from_pretrained(tmp_path)(**inputs)), after) <= 1e-4
+
+
+def test_the_trainer_shifts_smoothed_labels():
+    """It does so for the classes in this table; others' labels it compares with the logits of the token itself."""
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    assert M2GPTForCausalLM.__name__ in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()
+    assert transformers.AutoModelForCausalLM._model_mapping[transformers.GPT2Config] is transformers.GPT2LMHeadModel
+
+
+@pytest.mark.parametrize("kind", ["lm"], indirect=True)
+def test_exports_for_any_length(model, inputs):
+    model.config.use_cache = False
+    length = torch.export.Dim("length", min=3, max=64)
+    program = torch.export.export(
+        model, (), inputs, dynamic_shapes={"input_ids": {1: length}, "attention_mask": {1: length}}
+    ).module()
+    for n in (3, 13, 64):
+        tokens = torch.arange(3 * n).view(3, n) % 50
+        mask = (torch.arange(n) < torch.tensor([[1], [n // 2], [n]])).long()
+        given = {"input_ids": tokens, "attention_mask": mask}
+        with torch.no_grad():
+            assert relative_error(first(program(**given)), first(model(**given))) <= 1e-4
+
+
+@pytest.mark.parametrize("kind", ["gpt", "vit", "classifier"], indirect=True)
+def test_every_dropout_is_applied(kind, model, inputs):
+    """After the embedding, in both MLPs, and after both parts of a pre-norm block; before the classifier its own."""
+    calls = []
+    config = type(model.config)(**{**model.config.to_dict(), "hidden_dropout_prob": 0.25, "classifier_dropout": 0.5})
+    net = type(model)(config).train()
+    for module in net.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.register_forward_hook(lambda module, *_: calls.append(module.p))
+    net(**inputs)
+    assert sorted(calls) == ([0.25] * 3 + [0.5] if kind == "classifier" else [0.25] * 7)
+    if kind == "gpt":
+        calls.clear()
+        net(**inputs, use_cache=True)
+        assert len(calls) == 7
+
+
 def test_gradient_checkpointing(model, inputs):
     model.train()
     model.config.hidden_dropout_prob = 0.0

@@ -1,5 +1,6 @@
 """Filters: their formulas, initial values, extension and regularisation."""
 
+import copy
 import math
 
 import pytest
@@ -7,7 +8,7 @@ import torch
 
 import structmat as sm
 from structmat import surgery
-from structmat.nn import ExplicitFilter, ImplicitFilter, StructuredLinear
+from structmat.nn import ExplicitFilter, ImplicitFilter, LongConv, StructuredLinear
 from structmat.testing import assert_close
 
 double = torch.float64
@@ -170,3 +171,18 @@ def test_explicit_dropout_in_training_only():
 def test_errors(make, error, message):
     with pytest.raises(error, match=message):
         make()
+
+
+def test_casts_to_half_precision_leave_an_implicit_filter_alone():
+    conv = LongConv(5, 40)
+    wanted, u = conv.taps(), torch.randn(2, 5, 40)
+    exact = conv(u)
+    for cast in (torch.nn.Module.bfloat16, torch.nn.Module.half, lambda m: m.to(torch.bfloat16)):
+        half = cast(copy.deepcopy(conv))
+        assert half.skip.dtype in (torch.bfloat16, torch.float16)
+        assert {t.dtype for t in half.filter.state_dict().values()} == {torch.float32}
+        assert torch.equal(half.taps(), wanted)
+        assert half(u.to(half.skip.dtype)).dtype == half.skip.dtype
+        assert_close(half(u.bfloat16()).float(), exact, 2e-2)
+    assert conv.double().filter.z.dtype == torch.float64
+    assert conv.to("meta").filter.z.is_meta

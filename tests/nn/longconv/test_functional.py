@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from structmat.nn.longconv import circular_convolution, long_convolution
-from structmat.testing import assert_close
+from structmat.testing import assert_close, relative_error
 
 WAYS = [("fft", 2), ("monarch", 1), ("monarch", 2), ("monarch", 3), ("monarch", 4)]
 ways = pytest.mark.parametrize(("algorithm", "order"), WAYS, ids=str)
@@ -204,3 +204,18 @@ def test_unknown_ways():
         long_convolution(u, k, algorithm="monarch", order=5)
     with pytest.raises(TypeError, match="order must be an integer"):
         long_convolution(u, k, algorithm="monarch", order=2.0)
+
+
+def test_the_kernel_gives_the_same(dense):
+    pytest.importorskip("triton")
+    u, pre, post = (torch.randn(2, 3, 4, 37) for _ in range(3))
+    k, k_rev, skip = torch.randn(1, 37), torch.randn(4, 50), torch.randn(4)
+    found = long_convolution(u, k, k_rev, skip, pre, post, backend="triton")
+    wanted = dense(*(t.double() for t in (u, k.expand(4, -1), k_rev, skip, pre, post)))
+    assert relative_error(found, wanted) < 2e-6
+    found = long_convolution(u[0], k, backend="triton")
+    assert relative_error(found, dense(u[0].double(), k.expand(4, -1).double())) < 2e-6
+    with pytest.raises(ValueError, match=r"filters of shape \(channels, taps\)"):
+        long_convolution(u, k.expand(3, 4, 37), backend="triton")
+    with pytest.raises(TypeError, match="float64"):
+        long_convolution(u.double(), k.double(), backend="triton")
