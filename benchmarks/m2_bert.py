@@ -16,7 +16,6 @@ Writes results/m2-bert-<device>.csv and .json. The exit status is 1 if a case fa
 from __future__ import annotations
 
 import argparse
-import copy
 import gc
 import sys
 import time
@@ -70,10 +69,12 @@ def compile_layers(model: nn.Module) -> None:
         layer.compile(dynamic=False)
 
 
-def call_of(model: nn.Module, tokens: Tensor, mode: str) -> Callable[[int], object]:
+def call_of(model: nn.Module, tokens: Tensor, mode: str, compiled: bool) -> Callable[[int], object]:
     """What is timed."""
     if mode == "forward":
-        frozen = copy.deepcopy(model).eval().to(torch.bfloat16 if tokens.is_cuda else torch.float32)
+        frozen = model.eval().to(torch.bfloat16 if tokens.is_cuda else torch.float32)
+        if compiled:
+            compile_layers(frozen)
 
         @torch.no_grad()
         def forward(i: int) -> object:
@@ -81,6 +82,8 @@ def call_of(model: nn.Module, tokens: Tensor, mode: str) -> Callable[[int], obje
 
         return forward
     params = list(model.parameters())
+    if compiled:
+        compile_layers(model)
 
     def both(i: int) -> object:
         with torch.autocast(tokens.device.type, torch.bfloat16, enabled=tokens.is_cuda):
@@ -118,9 +121,7 @@ def measure(length: int, batch: int, mode: str, args: argparse.Namespace, device
             model = make().to(device)
             row["params"] = sum(p.numel() for p in model.parameters())
             tokens = torch.randint(1, 100, (batch, length), device=device)
-            if name.endswith("compiled"):
-                compile_layers(model)
-            call = call_of(model, tokens, mode)
+            call = call_of(model, tokens, mode, name.endswith("compiled"))
             call(0)
             if device.type == "cuda":
                 torch.cuda.synchronize()

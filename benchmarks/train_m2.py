@@ -153,7 +153,7 @@ class M2Run(Run):
     def train(self) -> None:
         seeds, rates = range(self.args.seeds), self.args.rates
         tasks = [self.task(case, seed, lr) for seed in seeds for case in self.cases for lr in rates[case.task]]
-        tasks.sort(key=lambda t: (t.seed, t.case.size != "30M", t.case.model == "attention"))  # the longest first
+        tasks.sort(key=lambda t: (t.seed, len(t.case.size), t.case.task))  # the longest last: a limit costs those alone
         rows: list[dict[str, Any]] = []
         runs: list[dict[str, Any]] = []
         self.say(f"{len(tasks)} trainings in {self.args.jobs} processes")
