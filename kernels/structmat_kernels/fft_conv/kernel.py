@@ -128,9 +128,8 @@ def convolve(
             at = post_ptr + b * post_b + h * post_h + t
             yr *= tl.load(at, mask=live, other=0.0).to(tl.float32)
             yi *= tl.load(at + post_b, mask=live2, other=0.0).to(tl.float32)
-        at = y_ptr + (b * channels + h) * length + t
-        tl.store(at, yr.to(y_ptr.dtype.element_ty), mask=live)
-        tl.store(at + channels.to(tl.int64) * length, yi.to(y_ptr.dtype.element_ty), mask=live2)
+        tl.store(y_ptr + (b * channels + h) * length + t, yr.to(y_ptr.dtype.element_ty), mask=live)
+        tl.store(y_ptr + ((b + 1) * channels + h) * length + t, yi.to(y_ptr.dtype.element_ty), mask=live2)
 
 
 @triton.jit
@@ -181,7 +180,7 @@ def gradients(
         kr32 = kr.to(tl.float32)
         ki32 = ki.to(tl.float32)
         out = (b * channels + h) * length + t
-        out2 = out + channels.to(tl.int64) * length
+        out2 = ((b + 1) * channels + h) * length + t
         if INPUT:
             xr, xi = inverse(
                 ar * kr32 + ai * ki32, ai * kr32 - ar * ki32, table, False, P, N1, N2, N3, OP, PRECISION, PACKED
@@ -248,7 +247,7 @@ def gradients(
 
 def config(batch: int, points: int, half: bool, backward: bool) -> Config:
     """Transforms side by side in a program and its warps."""
-    most = 8192 if half else 4096
+    most = 8192 if half and not backward else 4096
     P = max(1, min(most // points, power(cdiv(batch, 2))))
     tile = P * points
     warps = max(4, min(16, tile // (512 if backward or not half else 1024)))

@@ -38,8 +38,8 @@ RADICES = {
 
 def _turns(rows: int, columns: int, period: int) -> Tensor:
     """``exp(-2 pi i r c / period)``, shape (rows, columns); angles are reduced as integers."""
-    turns = torch.outer(torch.arange(rows), torch.arange(columns)) % period
-    return torch.polar(torch.ones(()).double(), turns.double() * (-2 * math.pi / period))
+    turns = torch.outer(torch.arange(rows, device="cpu"), torch.arange(columns, device="cpu")) % period
+    return torch.polar(torch.ones_like(turns, dtype=torch.float64), turns.double() * (-2 * math.pi / period))
 
 
 def _matrix(n: int, inverse: bool) -> Tensor:
