@@ -14,10 +14,12 @@ from torch import Tensor
 
 from structmat_kernels.block_diagonal import block_diagonal
 from structmat_kernels.block_sparse import BlockLayout, block_sparse
+from structmat_kernels.fft_conv import fft_conv
 from structmat_kernels.hadamard import hadamard
 from structmat_kernels.kronecker_merge import kronecker_merge
 from structmat_kernels.kronecker_sparse import kronecker_sparse
 from structmat_kernels.monarch import monarch, monarch_transposed
+from structmat_kernels.short_conv import short_conv
 
 BOUND = {torch.float32: 5e-6, torch.float16: 3e-3, torch.bfloat16: 2e-2}
 
@@ -85,6 +87,36 @@ def cases(draw):
             f"block sparse {block}",
             lambda b, x, w, u, v, z=layout: block_sparse(x, w, z, u=u, v=v, backend=b),
             operands,
+        )
+    # Every radix, filters longer and shorter than the input, with a skip term, gates or neither.
+    for batch, channels, n, taps, behind in (
+        (1, 1, 1, 1, 0),
+        (3, 2, 37, 3, 36),
+        (5, 1, 250, 400, 0),
+        (7, 2, 501, 17, 600),
+        (2, 3, 1023, 1025, 0),
+        (3, 1, 1999, 500, 1999),
+        (5, 2, 4001, 4001, 0),
+    ):
+        name = f"long convolution {(batch, channels, n, taps, behind)}"
+        u, k, skip = draw(batch, channels, n), draw(channels, taps) * taps**-0.5, draw(channels)
+        rest = (draw(channels, behind) * behind**-0.5,) if behind else ()
+        yield name, lambda b, u, k, *rev: fft_conv(u, k, *rev, backend=b), (u, k, *rest)
+        gates = draw(batch, channels, n), draw(batch, channels, n)
+        yield (
+            name + ", gates",
+            lambda b, u, k, skip, *more: fft_conv(u, k, more[2] if more[2:] else None, skip, *more[:2], backend=b),
+            (u, k, skip, *gates, *rest),
+        )
+    for batch, channels, n, taps in ((2, 3, 1, 4), (3, 65, 77, 3), (2, 7, 1999, 8), (1, 130, 600, 1)):
+        x, w, bias = draw(batch, channels, n), draw(channels, taps), draw(channels)
+        name = f"short convolution {(batch, channels, n, taps)}"
+        yield name, lambda b, x, w: short_conv(x, w, backend=b), (x, w)
+        yield name + ", bias", lambda b, x, w, c: short_conv(x, w, c, backend=b), (x, w, bias)
+        yield (
+            name + ", channels last",
+            lambda b, x, w, c: short_conv(x.mT, w, c, backend=b),
+            (x.mT.contiguous(), w, bias),
         )
 
 
