@@ -1,4 +1,7 @@
-"""M2-GPT trained on two processes equals M2-GPT trained on one."""
+"""M2-GPT trained on two processes equals M2-GPT trained on one.
+
+Slow: two processes import transformers afresh. tests/nn/test_distributed.py checks the layers in the default suite.
+"""
 
 import copy
 
@@ -10,6 +13,8 @@ from torch import nn
 
 from structmat.models.m2 import M2GPTConfig, M2GPTForCausalLM
 from structmat.testing import relative_error
+
+pytestmark = pytest.mark.slow
 
 STEPS, BATCH, LENGTH = 3, 4, 12
 
