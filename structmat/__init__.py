@@ -52,6 +52,7 @@ from structmat.matrices import (
     VandermondeLike,
 )
 from structmat.matrices.displacement import ConditioningWarning
+from structmat.projection import Moments
 
 __version__ = "0.1.0"
 
@@ -88,6 +89,7 @@ __all__ = [
     "LDRTridiagonal",
     "LowRank",
     "LowRankConfig",
+    "Moments",
     "Monarch",
     "MonarchConfig",
     "MonarchFFT",

@@ -53,13 +53,47 @@ def project_monarch(W: Tensor, l: int, s: int, r: int, k: int, q: int, p: int) -
     slices = padded.unflatten(-1, (k, p)).unflatten(-3, (s, l)).movedim((-2, -3), (-4, -3))  # (*batch, k, l, s, p)
     ranks = slice_ranks(l, k, q, W.device)
     left_parts, right_parts, lost = truncated_svd(slices, -(-q // l), ranks)
+    left, right = join_slices(left_parts, right_parts, r, q)
+    return left, right, torch.linalg.vector_norm(lost, dim=(-2, -1))
 
-    h = torch.arange(k * q, device=W.device)
-    block, residue = h // q, h % l
-    order = (h % q - (residue - q * block) % l) // l  # the how-manieth hidden unit of its slice
+
+def join_slices(left_parts: Tensor, right_parts: Tensor, r: int, q: int) -> tuple[Tensor, Tensor]:
+    """The Monarch factors whose slices are the products of these; :func:`split_slices` takes them apart again.
+
+    Args:
+        left_parts: (*batch, k, l, s, most hidden units of a slice).
+        right_parts: (*batch, k, l, the same, p).
+        r: columns of a left block.
+        q: rows of a right block.
+    """
+    k, l = left_parts.shape[-4:-2]
+    block, residue, order = _hidden_units(k, l, q, left_parts.device)
     right = right_parts[..., block, residue, order, :].unflatten(-2, (k, q))
     left = left_parts.mT[..., block, residue, order, :].unflatten(-2, (r, l)).movedim(-3, -1)
-    return left.contiguous(), right.contiguous(), torch.linalg.vector_norm(lost, dim=(-2, -1))
+    return left.contiguous(), right.contiguous()
+
+
+def split_slices(left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
+    """The parts of the slices of Monarch factors (*batch, l, s, r) and (*batch, k, q, p), filled up with zeros.
+
+    Returns:
+        left_parts (*batch, k, l, s, most) and right_parts (*batch, k, l, most, p).
+    """
+    (l, s, _), (k, q, p) = left.shape[-3:], right.shape[-3:]
+    block, residue, order = _hidden_units(k, l, q, left.device)
+    batch, most = left.shape[:-3], -(-q // l)
+    left_parts = left.new_zeros(*batch, k, l, most, s)
+    left_parts[..., block, residue, order, :] = left.movedim(-1, -3).flatten(-3, -2)  # hidden unit t l + j
+    right_parts = right.new_zeros(*batch, k, l, most, p)
+    right_parts[..., block, residue, order, :] = right.flatten(-3, -2)
+    return left_parts.mT, right_parts
+
+
+def _hidden_units(k: int, l: int, q: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+    """Of every hidden unit its right block, its left block, and the how-manieth of that slice it is."""
+    h = torch.arange(k * q, device=device)
+    block, residue = h // q, h % l
+    return block, residue, (h % q - (residue - q * block) % l) // l
 
 
 @torch.no_grad()
