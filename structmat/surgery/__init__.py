@@ -1,10 +1,13 @@
 """Exchange the linear layers of a model for structured ones, measure what that cost, and keep the result in a file."""
 
 from structmat.surgery.allocation import Allocation, allocate
+from structmat.surgery.calibrating import calibrate
+from structmat.surgery.calibration import Calibration
 from structmat.surgery.carry import carry_optimizer
 from structmat.surgery.checkpoint import load_file, save_file
 from structmat.surgery.costs import measure_seconds
 from structmat.surgery.densify import densify_
+from structmat.surgery.healing import HealReport, heal, healing_loss, healing_trainer
 from structmat.surgery.replace import compress_, replace_
 from structmat.surgery.report import LayerRow, Report
 from structmat.surgery.to_m2 import to_m2
@@ -12,14 +15,20 @@ from structmat.surgery.training import distillation_loss, gradual_ratio, reproje
 
 __all__ = [
     "Allocation",
+    "Calibration",
+    "HealReport",
     "LayerRow",
     "Report",
     "allocate",
+    "calibrate",
     "carry_optimizer",
     "compress_",
     "densify_",
     "distillation_loss",
     "gradual_ratio",
+    "heal",
+    "healing_loss",
+    "healing_trainer",
     "load_file",
     "measure_seconds",
     "replace_",

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import time
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
-from torch import nn
+import torch.nn.functional as F
+from torch import Tensor, nn
 from tqdm import tqdm
 
 from structmat.base import StructuredMatrix
 from structmat.config import BudgetError, Projection, project
+from structmat.projection.moments import Moments
+from structmat.projection.truncated import work_dtype
 from structmat.surgery.report import LayerRow, Report
 from structmat.surgery.selection import (
     Configs,
@@ -32,6 +37,8 @@ def compress_(
     filter_fn: FilterFn | None = None,
     dry_run: bool = False,
     progress: bool | None = None,
+    calibration: Mapping[str, Moments] | None = None,
+    damping: float = 0.1,
 ) -> Report:
     """Replace linear layers, in place, by the nearest structured ones.
 
@@ -40,6 +47,10 @@ def compress_(
     model under which the old one stood. Subclasses, parametrized layers and layers whose weight another module shares
     are left alone, and the report says why. Either all layers that the config names are replaced or, after an error
     or an interruption, none: until the last one is ready, the old weights and the new ones are both in memory.
+
+    With a calibration the outputs of the layers are kept instead of the entries of their weights: see
+    :func:`structmat.project`. Of a layer with a bias of its own the centred moments count, and the bias takes up the
+    mean of what the weight misses, ``(W - M) E[x]``, in place.
 
     The weights are new parameters: make the optimizer afterwards. A module that reads ``layer.weight`` of a child as a
     tensor will find a module there.
@@ -51,6 +62,9 @@ def compress_(
         filter_fn: called with name and module; layers for which it returns false are left alone.
         dry_run: compute sizes and costs only, and change nothing. Weights are not looked at.
         progress: whether to show a progress bar; None shows it on a terminal.
+        calibration: second moments of the layers' inputs by name, from :func:`calibrate`, or None for the nearest
+            weights.
+        damping: of the moments, for :func:`structmat.project`.
 
     Returns:
         One row for each layer: sizes, operations, the achieved relative error, and the bound that certifies it.
@@ -59,8 +73,8 @@ def compress_(
         structmat.BudgetError: if a budget is too small for a layer; all such layers are named.
         TypeError: if an argument has the wrong type.
         ValueError: if nothing is to be replaced, a structure does not exist for a layer's size, a weight has NaN or
-            infinite entries or is on the meta device, the model is itself a linear layer, or it is wrapped for
-            distributed training.
+            infinite entries or is on the meta device, the calibration lacks a layer or is of other sizes, the model
+            is itself a linear layer, or it is wrapped for distributed training.
 
     Example:
         >>> import torch, structmat
@@ -76,18 +90,29 @@ def compress_(
     sketches = _sketch(selection)
     if not dry_run:
         _check_values(selection)
+    metrics = {} if calibration is None else _moments(selection, calibration)
+    own = _own_biases(model)
     before, rows = count_params(model), []
     layers: list[tuple[nn.Module, nn.Module]] = []
+    biases: list[tuple[Tensor, Tensor]] = []
     hidden = True if dry_run else None if progress is None else not progress  # None: shown on a terminal only
     for target, sketch in zip(tqdm(selection.targets, "compressing", disable=hidden), sketches, strict=True):
         if dry_run:
             rows.append(_row(target, sketch))
             continue
-        start = time.perf_counter()
-        result = project(target.weight, target.config)
+        start, moments = time.perf_counter(), metrics.get(target.name)
+        bias = target.module._parameters.get("bias")
+        if bias is None or moments is None or bias not in own:
+            result = project(target.weight, target.config, moments, damping)
+        else:
+            result = project(target.weight, target.config, moments.centred(), damping)
+            biases.append((bias, _corrected(bias, target.weight, result.matrix, moments.mean)))
         rows.append(_row(target, result.matrix, result, time.perf_counter() - start))
         layers.append((target.module, structured_like(target.module, result.matrix)))
     swap(model, layers)
+    with torch.no_grad():
+        for bias, corrected in biases:
+            bias.copy_(corrected)
     disable_fused_encoder(model)
     return _report(selection, rows, before, dry_run)
 
@@ -198,9 +223,46 @@ def _check_values(selection: Selection) -> None:
 
 def _row(target: Target, after: StructuredMatrix, result: Projection | None = None, seconds: Any = None) -> LayerRow:
     size = math.prod(target.shape)
-    error, bound = (result.error, result.bound) if result else (None, None)
     name, words = target.name, structure_name(after)
-    return LayerRow(name, words, target.shape, size, after.num_params, 2 * size, after.flops, error, bound, seconds)
+    row = LayerRow(name, words, target.shape, size, after.num_params, 2 * size, after.flops, seconds=seconds)
+    if result is None:
+        return row
+    names = ("error", "bound", "calibrated_error", "plain_calibrated_error")
+    return dataclasses.replace(row, **{name: getattr(result, name) for name in names})
+
+
+# ---------------------------------------------------------------- calibration
+def _moments(selection: Selection, calibration: Mapping[str, Moments]) -> dict[str, Moments]:
+    """The moments of every layer that is to be replaced, all of the layers' sizes."""
+    if not isinstance(calibration, Mapping):
+        raise TypeError(f"calibration must be what calibrate returned, got {type(calibration).__name__}")
+    if missing := [t.name for t in selection.targets if t.name not in calibration]:
+        raise ValueError(
+            f"the calibration has no moments of {', '.join(missing[:5])}{' and others' if len(missing) > 5 else ''}: "
+            f"it is of another model, or these layers saw no input. It has {len(calibration)} layers. Exclude them "
+            "with filter_fn, or calibrate on data that reaches them"
+        )
+    found = {t.name: calibration[t.name] for t in selection.targets}
+    for target in selection.targets:
+        if len(found[target.name].mean) != target.shape[1]:
+            raise ValueError(
+                f"the calibration is of another model: {target.name} has {target.shape[1]} inputs, its moments are of "
+                f"{len(found[target.name].mean)}"
+            )
+    return found
+
+
+def _own_biases(model: nn.Module) -> set[nn.Parameter]:
+    """The biases that no other module shares: they can take up the mean of an error."""
+    owners = Counter(p for module in model.modules() for p in module._parameters.values() if p is not None)
+    return {p for p, count in owners.items() if count == 1}
+
+
+@torch.no_grad()
+def _corrected(bias: Tensor, weight: Tensor, value: StructuredMatrix, mean: Tensor) -> Tensor:
+    double, mean = work_dtype(weight), mean.to(weight.device)
+    missed = F.linear(mean.to(double), weight.to(double)) - value.to(double).linear(mean.to(double))
+    return (bias.to(double) + missed).to(bias.dtype)
 
 
 def _report(selection: Selection, rows: list[LayerRow], before: int, dry_run: bool) -> Report:

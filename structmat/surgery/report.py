@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,6 +28,9 @@ class LayerRow:
         bound: no matrix of the structure has a smaller error.
         seconds: time that the projection took.
         skipped: why the layer was left alone, or None.
+        calibrated_error: with a calibration, the relative error of what the layer puts out on its inputs; see
+            :class:`structmat.Projection`.
+        plain_calibrated_error: the same of the projection that knows nothing of the inputs.
     """
 
     name: str
@@ -40,6 +44,8 @@ class LayerRow:
     bound: float | None = None
     seconds: float | None = None
     skipped: str | None = None
+    calibrated_error: float | None = None
+    plain_calibrated_error: float | None = None
 
     @classmethod
     def left_alone(cls, name: str, shape: tuple[int, int], params: int, reason: str) -> LayerRow:
@@ -114,8 +120,12 @@ class Report:
     @property
     def mean_error(self) -> float | None:
         """The mean of the layers' relative errors; None if nothing was projected."""
-        errors = [row.error for row in self.compressed if row.error is not None]
-        return sum(errors) / len(errors) if errors else None
+        return _mean(row.error for row in self.compressed)
+
+    @property
+    def mean_calibrated_error(self) -> float | None:
+        """The mean of the layers' calibrated errors; None without a calibration."""
+        return _mean(row.calibrated_error for row in self.compressed)
 
     @property
     def seconds(self) -> float:
@@ -125,7 +135,7 @@ class Report:
     # ---------------------------------------------------------------- text
     def table(self) -> str:
         """An aligned plain-text table of the replaced layers, the totals, and the layers left alone by reason."""
-        header = ("layer", "shape", "structure", "params", "share", "flops", "error", "time")
+        header = ("layer", "shape", "structure", "params", "share", "flops", "error", "calibrated", "time")
         lines: list[tuple[str, ...]] = [header]
         for row in self.compressed:
             lines.append(
@@ -137,6 +147,7 @@ class Report:
                     share(row.params_after, row.params_before),
                     _pair(row.flops_before, row.flops_after),
                     _number(row.error),
+                    _number(row.calibrated_error),
                     "-" if row.seconds is None else f"{row.seconds:.2f} s",
                 )
             )
@@ -150,9 +161,12 @@ class Report:
                 share(self.params_after, self.params_before),
                 _pair(self.flops_before, self.flops_after),
                 _number(self.mean_error),
+                _number(self.mean_calibrated_error),
                 f"{self.seconds:.2f} s" if self.mean_error is not None else "-",
             )
         )
+        if self.mean_calibrated_error is None:
+            lines = [line[:-2] + line[-1:] for line in lines]
         *body, total = align(lines, left=3).split("\n")
         rule = "-" * max(map(len, [*body, total]))
         text = "\n".join([body[0], rule, *body[1:], rule, total])
@@ -228,6 +242,11 @@ def share(part: float, whole: float) -> str:
 
 def _pair(before: int, after: int) -> str:
     return f"{before:,} -> {after:,}"
+
+
+def _mean(values: Iterable[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return sum(known) / len(known) if known else None
 
 
 def _number(value: float | None) -> str:
