@@ -5,19 +5,18 @@ from __future__ import annotations
 import dataclasses
 import math
 import time
-from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import nn
 from tqdm import tqdm
 
 from structmat.base import StructuredMatrix
-from structmat.config import BudgetError, Projection, project
+from structmat.config import BudgetError, Projection
 from structmat.projection.moments import Moments
-from structmat.projection.truncated import work_dtype
+from structmat.surgery.fitting import check_moments, fit_layer, own_bias, own_biases
+from structmat.surgery.in_order import fit_in_order
 from structmat.surgery.report import LayerRow, Report
 from structmat.surgery.selection import (
     Configs,
@@ -39,6 +38,7 @@ def compress_(
     progress: bool | None = None,
     calibration: Mapping[str, Moments] | None = None,
     damping: float = 0.1,
+    compensate: Iterable[Any] | None = None,
 ) -> Report:
     """Replace linear layers, in place, by the nearest structured ones.
 
@@ -65,6 +65,10 @@ def compress_(
         calibration: second moments of the layers' inputs by name, from :func:`calibrate`, or None for the nearest
             weights.
         damping: of the moments, for :func:`structmat.project`.
+        compensate: batches as for :func:`calibrate`, which needs to have seen the dense model. The layers are then
+            compressed one after the other (those with the same input together) in a copy of the model, each for what
+            it is given by the compressed ones before it, and each bias makes the mean of what the layer gives out that
+            of the dense model. The batches run through a part of the model once for every such group.
 
     Returns:
         One row for each layer: sizes, operations, the achieved relative error, and the bound that certifies it.
@@ -90,31 +94,37 @@ def compress_(
     sketches = _sketch(selection)
     if not dry_run:
         _check_values(selection)
-    metrics = {} if calibration is None else _moments(selection, calibration)
-    own = _own_biases(model)
-    before, rows = count_params(model), []
-    layers: list[tuple[nn.Module, nn.Module]] = []
-    biases: list[tuple[Tensor, Tensor]] = []
+    if calibration is not None:
+        check_moments(selection.targets, calibration)
+    elif compensate is not None:
+        raise ValueError("compensate needs the calibration of the dense model")
+    before, own = count_params(model), own_biases(model)
     hidden = True if dry_run else None if progress is None else not progress  # None: shown on a terminal only
-    for target, sketch in zip(tqdm(selection.targets, "compressing", disable=hidden), sketches, strict=True):
-        if dry_run:
-            rows.append(_row(target, sketch))
-            continue
-        start, moments = time.perf_counter(), metrics.get(target.name)
-        bias = target.module._parameters.get("bias")
-        if bias is None or moments is None or bias not in own:
-            result = project(target.weight, target.config, moments, damping)
-        else:
-            result = project(target.weight, target.config, moments.centred(), damping)
-            biases.append((bias, _corrected(bias, target.weight, result.matrix, moments.mean)))
-        rows.append(_row(target, result.matrix, result, time.perf_counter() - start))
+    if dry_run:
+        rows = [_row(target, sketch) for target, sketch in zip(selection.targets, sketches, strict=True)]
+        return _report(selection, rows, before, dry_run)
+    if compensate is not None and calibration is not None:
+        fitted = fit_in_order(model, selection.targets, calibration, damping, compensate, hidden)
+    else:
+        fitted = {}
+        for target in tqdm(selection.targets, "compressing", disable=hidden):
+            start = time.perf_counter()
+            moments = None if calibration is None else calibration[target.name]
+            found = fit_layer(target, moments, damping, own_bias(target, own))
+            fitted[target.name] = *found, time.perf_counter() - start
+    rows, layers, biases = [], [], []
+    for target in selection.targets:
+        result, corrected, seconds = fitted[target.name]
+        rows.append(_row(target, result.matrix, result, seconds))
         layers.append((target.module, structured_like(target.module, result.matrix)))
+        if corrected is not None:
+            biases.append((own_bias(target, own), corrected))
     swap(model, layers)
     with torch.no_grad():
         for bias, corrected in biases:
             bias.copy_(corrected)
     disable_fused_encoder(model)
-    return _report(selection, rows, before, dry_run)
+    return _report(selection, rows, before, dry_run=False)
 
 
 def replace_(
@@ -229,40 +239,6 @@ def _row(target: Target, after: StructuredMatrix, result: Projection | None = No
         return row
     names = ("error", "bound", "calibrated_error", "plain_calibrated_error")
     return dataclasses.replace(row, **{name: getattr(result, name) for name in names})
-
-
-# ---------------------------------------------------------------- calibration
-def _moments(selection: Selection, calibration: Mapping[str, Moments]) -> dict[str, Moments]:
-    """The moments of every layer that is to be replaced, all of the layers' sizes."""
-    if not isinstance(calibration, Mapping):
-        raise TypeError(f"calibration must be what calibrate returned, got {type(calibration).__name__}")
-    if missing := [t.name for t in selection.targets if t.name not in calibration]:
-        raise ValueError(
-            f"the calibration has no moments of {', '.join(missing[:5])}{' and others' if len(missing) > 5 else ''}: "
-            f"it is of another model, or these layers saw no input. It has {len(calibration)} layers. Exclude them "
-            "with filter_fn, or calibrate on data that reaches them"
-        )
-    found = {t.name: calibration[t.name] for t in selection.targets}
-    for target in selection.targets:
-        if len(found[target.name].mean) != target.shape[1]:
-            raise ValueError(
-                f"the calibration is of another model: {target.name} has {target.shape[1]} inputs, its moments are of "
-                f"{len(found[target.name].mean)}"
-            )
-    return found
-
-
-def _own_biases(model: nn.Module) -> set[nn.Parameter]:
-    """The biases that no other module shares: they can take up the mean of an error."""
-    owners = Counter(p for module in model.modules() for p in module._parameters.values() if p is not None)
-    return {p for p, count in owners.items() if count == 1}
-
-
-@torch.no_grad()
-def _corrected(bias: Tensor, weight: Tensor, value: StructuredMatrix, mean: Tensor) -> Tensor:
-    double, mean = work_dtype(weight), mean.to(weight.device)
-    missed = F.linear(mean.to(double), weight.to(double)) - value.to(double).linear(mean.to(double))
-    return (bias.to(double) + missed).to(bias.dtype)
 
 
 def _report(selection: Selection, rows: list[LayerRow], before: int, dry_run: bool) -> Report:

@@ -85,7 +85,7 @@ def test_an_interruption_changes_nothing(monkeypatch):
             raise KeyboardInterrupt
         return real(*args)
 
-    monkeypatch.setattr("structmat.surgery.replace.project", project)
+    monkeypatch.setattr("structmat.surgery.fitting.project", project)
     with pytest.raises(KeyboardInterrupt):
         surgery.compress_(model, MONARCH)
     assert [type(m) for m in model] == [nn.Linear, nn.Tanh, nn.Linear]
