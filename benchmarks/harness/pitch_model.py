@@ -35,18 +35,21 @@ NAMES = {
 
 
 class Block(nn.Module):
-    """A convolution module of the Conformer (Gulati et al. 2020), with its residual: (batch, frames, width)."""
+    """A convolution module of the Conformer (Gulati et al. 2020), with its residual: (batch, frames, width).
+
+    Its 1x1 convolutions are written as what they are, linear layers at every frame.
+    """
 
     def __init__(self, width: int) -> None:
         super().__init__()
         self.norm = nn.LayerNorm(width)
-        self.widen = nn.Conv1d(width, 4 * width, 1)
+        self.widen = nn.Linear(width, 4 * width)
         self.along = nn.Conv1d(2 * width, 2 * width, 31, padding=15, groups=2 * width)
-        self.narrow = nn.Conv1d(2 * width, width, 1)
+        self.narrow = nn.Linear(2 * width, width)
 
     def forward(self, x: Tensor) -> Tensor:
-        inner = self.along(F.glu(self.widen(self.norm(x).mT), dim=1))
-        return x + self.narrow(F.silu(inner)).mT
+        inner = self.along(F.glu(self.widen(self.norm(x)), dim=-1).mT).mT
+        return x + self.narrow(F.silu(inner))
 
 
 class FCPE(nn.Module):
@@ -79,6 +82,9 @@ def load_fcpe() -> FCPE:
     state = {
         f"{ours}.{kind}": found[f"{theirs}.{kind}"] for ours, theirs in NAMES.items() for kind in ("weight", "bias")
     }
+    for name in state:
+        if name.endswith(("widen.weight", "narrow.weight")):
+            state[name] = state[name].squeeze(-1)
     directions = found["output_proj.weight_v"]
     state["head.weight"] = found["output_proj.weight_g"] * directions / directions.norm(dim=1, keepdim=True)
     state["head.bias"] = found["output_proj.bias"]
