@@ -1,9 +1,10 @@
 """How much quality pretrained models keep when their linear layers are compressed, by method, without healing.
 
-- `minilm`: the sentence encoder all-MiniLM-L6-v2, 36 linear layers at half of their parameters. Calibrated on sentences
-  of gensim's 300 background documents; judged by the 50 Lee documents and two word lists (examples/sentence_quality.py).
-- `smollm2`: SmolLM2-135M-Instruct, 210 linear layers at 70 %. Calibrated on windows of the same 300 documents; judged by
-  its perplexity on the 50.
+- `minilm`: the sentence encoder all-MiniLM-L6-v2, 36 linear layers at half of their parameters. Calibrated on
+  sentences of gensim's 300 background documents; judged by the 50 Lee documents and two word lists, see
+  `examples/sentence_quality.py`.
+- `smollm2`: SmolLM2-135M-Instruct, 210 linear layers at 70 %. Calibrated on windows of the same 300 documents; judged
+  by its perplexity on the 50.
 - `fcpe`: a pitch estimator of audio, its 12 pointwise layers at a quarter. Calibrated on synthetic voices in noise;
   judged by the share of frames of others whose pitch it finds.
 
@@ -24,10 +25,6 @@ import time
 from pathlib import Path
 from typing import Any
 
-os.environ.setdefault("HF_HUB_OFFLINE", "1")
-ROOT = Path(__file__).resolve().parent
-sys.path.insert(0, str(ROOT.parent / "examples"))
-
 import numpy as np
 import torch
 from harness.compression import ALTERNATIVES, Problem, low_rank
@@ -36,6 +33,7 @@ from harness.report import table, write_csv, write_json
 
 from structmat import surgery
 
+ROOT = Path(__file__).resolve().parent
 COLUMNS = ("model", "method", "seed", "share", "metric", "value", "seconds")
 
 
@@ -164,6 +162,8 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=ROOT / "results", help="folder of the result files")
     args = parser.parse_args()
     device, rows, started = torch.device(args.device), [], time.perf_counter()
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")  # before transformers is imported: nothing is to be downloaded
+    sys.path.insert(0, str(ROOT.parent / "examples"))
     from transformers.utils import logging
 
     logging.disable_progress_bar()

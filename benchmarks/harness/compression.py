@@ -8,9 +8,9 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from harness.baselines import METHODS
 from torch import Tensor, nn
 
+from harness.baselines import METHODS
 from structmat import Config, LowRankConfig, MonarchConfig, PixelflyConfig, surgery
 from structmat.base import StructuredMatrix
 
