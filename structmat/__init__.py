@@ -16,6 +16,7 @@ from structmat.config import (
 from structmat.config_block_sparse import BlockSparseConfig, PixelflyConfig
 from structmat.config_butterfly import ButterflyConfig
 from structmat.config_displacement import LDRConfig
+from structmat.config_sum import SumConfig
 from structmat.lazy import Inverse, Kronecker, Product, Scaled, Sum, Transposed
 from structmat.matrices import (
     LDR,
@@ -52,6 +53,7 @@ from structmat.matrices import (
     VandermondeLike,
 )
 from structmat.matrices.displacement import ConditioningWarning
+from structmat.probing import Probe, probe
 from structmat.projection import Moments
 
 __version__ = "0.1.0"
@@ -99,12 +101,14 @@ __all__ = [
     "Permutation",
     "Pixelfly",
     "PixelflyConfig",
+    "Probe",
     "Product",
     "Projection",
     "Scaled",
     "Shift",
     "StructuredMatrix",
     "Sum",
+    "SumConfig",
     "Toeplitz",
     "ToeplitzLike",
     "Transposed",
@@ -118,6 +122,7 @@ __all__ = [
     "models",
     "nn",
     "numeric",
+    "probe",
     "project",
     "static",
     "surgery",

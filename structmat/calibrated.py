@@ -18,14 +18,14 @@ from structmat.matrices import BlockDiagonal, BlockSparse, LowRank, Monarch, Pix
 from structmat.projection.blockwise import join_slices, slice_ranks, split_slices
 from structmat.projection.moments import Moments
 from structmat.projection.truncated import work_dtype
-from structmat.projection.weighted import Blocks, Metric, descend
+from structmat.projection.weighted import SWEEPS, Blocks, Metric, descend
 
 # Quasi-Newton steps for classes that are not sums of blocks.
 _STEPS = 60
 
 
 @torch.no_grad()
-def fit(start: StructuredMatrix, W: Tensor, moments: Moments, damping: float) -> StructuredMatrix:
+def fit(start: StructuredMatrix, W: Tensor, moments: Moments, damping: float, sweeps: int = SWEEPS) -> StructuredMatrix:
     """A matrix of the structure of ``start``, nearer to W in the metric of the moments, or ``start`` itself.
 
     Sums of dense and low-rank blocks (low rank, block diagonal, block sparse, Monarch, Pixelfly, and sums of them) are
@@ -38,11 +38,12 @@ def fit(start: StructuredMatrix, W: Tensor, moments: Moments, damping: float) ->
         moments: of the layer, see :class:`structmat.Moments`.
         damping: share of the mean of the moments' diagonals that is added to these diagonals. What is made small is
             then the calibrated squared error plus that share of the plain one.
+        sweeps: most sweeps over the blocks of a sum of blocks; of L-BFGS ten times as many steps, up to 60.
     """
     double, metric = work_dtype(W), metric_of(moments, W).damped(damping)
     target, value = W.to(double), start.to(double)
     parts = _blocks(value)
-    fitted = _polish(value, target, metric) if parts is None else _by_blocks(value, parts, target, metric)
+    fitted = _polish(value, target, metric, 10 * sweeps) if parts is None else _by_blocks(parts, target, metric, sweeps)
     fitted = fitted.to(start.dtype)
     before, after = (metric.squared(target - v.to(double).to_dense()) for v in (start, fitted))
     return fitted if after < before else start
@@ -81,10 +82,10 @@ class _Parts:
     build: Callable[[], StructuredMatrix]
 
 
-def _by_blocks(value: StructuredMatrix, parts: _Parts, W: Tensor, metric: Metric) -> StructuredMatrix:
+def _by_blocks(parts: _Parts, W: Tensor, metric: Metric, sweeps: int) -> StructuredMatrix:
     m, n = parts.size
     wide = F.pad(W, (0, n - W.shape[1], 0, m - W.shape[0]))
-    descend(wide, parts.blocks, metric.padded(m, n))
+    descend(wide, parts.blocks, metric.padded(m, n), sweeps)
     return parts.build()
 
 
@@ -188,7 +189,7 @@ def _balanced(left: Tensor, right: Any) -> tuple[Tensor, Tensor]:
 
 
 # ---------------------------------------------------------------- all other classes
-def _polish(value: StructuredMatrix, W: Tensor, metric: Metric) -> StructuredMatrix:
+def _polish(value: StructuredMatrix, W: Tensor, metric: Metric, steps: int = _STEPS) -> StructuredMatrix:
     """L-BFGS on all factors at once; the best of its points."""
     leaves, spec = pytree.tree_flatten(value)
     free = [leaf.detach().clone().requires_grad_() if _trainable(leaf) else leaf for leaf in leaves]
@@ -210,7 +211,8 @@ def _polish(value: StructuredMatrix, W: Tensor, metric: Metric) -> StructuredMat
             best = found.item(), [p.detach().clone() for p in params]
         return found
 
-    torch.optim.LBFGS(params, max_iter=_STEPS, history_size=20, line_search_fn="strong_wolfe").step(loss)
+    steps = min(steps, _STEPS)
+    torch.optim.LBFGS(params, max_iter=steps, history_size=20, line_search_fn="strong_wolfe").step(loss)
     found: Iterator[Tensor] = iter(best[1])
     return pytree.tree_unflatten([next(found) if _trainable(leaf) else leaf for leaf in free], spec)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -12,10 +12,13 @@ from torch import Tensor
 from structmat import layouts
 from structmat._checks import check_int
 from structmat.base import StructuredMatrix
+from structmat.calibrated import fit, metric_of
 from structmat.config import BudgetError, Config
 from structmat.layouts import Layout
 from structmat.layouts.layout import pair_of
 from structmat.matrices import BlockSparse, Pixelfly
+from structmat.projection.moments import Moments
+from structmat.projection.truncated import work_dtype
 
 _PATTERNS: dict[str, Callable[..., Layout]] = {"flat_butterfly": layouts.flat_butterfly, "banded": layouts.banded}
 
@@ -25,6 +28,23 @@ def _check_block(config: Any) -> None:
         object.__setattr__(config, "block", tuple(config.block))
     for size in config.block if isinstance(config.block, tuple) else (config.block,):
         check_int("block", size)
+
+
+def _seen(W: Tensor, moments: Moments, damping: float) -> Tensor:
+    """W in double precision, columns and rows as large as inputs and output gradients make their entries count."""
+    metric = metric_of(moments, W).damped(damping)
+    seen = W.to(work_dtype(W)) * metric.S.diagonal().real.clamp_min(0).sqrt()
+    return seen if metric.T is None else seen * metric.T.diagonal().real.clamp_min(0).sqrt()[:, None]
+
+
+def _nearest(
+    found: Sequence[StructuredMatrix], W: Tensor, moments: Moments, damping: float
+) -> tuple[int, StructuredMatrix]:
+    """The matrix of least damped error, and which one it is; of equal ones the first."""
+    metric, target = metric_of(moments, W).damped(damping), W.to(work_dtype(W))
+    errors = [metric.squared(target - value.to(target.dtype).to_dense()) for value in found]
+    best = min(range(len(found)), key=errors.__getitem__)
+    return best, found[best]
 
 
 def _cells(m: int, n: int, block: Any) -> int:
@@ -44,8 +64,10 @@ class BlockSparseConfig(Config):
 
     Args:
         block: height and width of a block, or one number.
-        pattern: "top_k" for the blocks of largest norm (of a matrix made at random: random ones), "flat_butterfly" of
-            the largest stride, or "banded" of the largest width that the budget allows.
+        pattern: "top_k" for the blocks of largest norm (of a matrix made at random: random ones; with moments, those of
+            largest norm after each column and row has been multiplied by the root mean square of what it meets, where
+            they serve better), "flat_butterfly" of the largest stride, or "banded" of the largest width that the budget
+            allows.
         density: share of the blocks, in place of a budget.
         max_params: a budget; blocks cut by the edge count as whole ones.
         ratio: a budget as a share of dense; exactly one of the three.
@@ -101,9 +123,20 @@ class BlockSparseConfig(Config):
             raise self._over(m, n, smallest)
         return {"layout": found}
 
+    def _calibrate(self, start: StructuredMatrix, W: Tensor, moments: Moments, damping: float) -> StructuredMatrix:
+        found = [fit(start, W, moments, damping)]
+        if self.pattern == "top_k" and isinstance(start, BlockSparse):
+            density = self.resolve(*W.shape)["layout"]
+            layout = layouts.top_k(_seen(W, moments, damping), self.block, density)
+            if not torch.equal(layout.mask, start.layout.mask):
+                found.append(fit(BlockSparse.from_dense(W, layout), W, moments, damping))
+        return _nearest(found, W, moments, damping)[1]
+
 
 # Of a budget without max_stride and rank, the shares that a search gives to the low rank beside free blocks.
 _SHARES = (0.0, 0.125, 0.25, 0.5, 0.75)
+# Sweeps after which divisions of a budget are compared in the metric of moments.
+_TRIED = 4
 
 
 @dataclasses.dataclass(frozen=True)
@@ -120,9 +153,10 @@ class PixelflyConfig(Config):
         rank: of the rest; without a budget the smaller side of a block.
         split: how :func:`project` divides a budget where neither max_stride nor rank is given. "search" projects at
             every stride that the budget allows and at low rank alone, and takes the least error, so that no flat
-            butterfly and no low rank of as many parameters (but for gamma) is nearer. What it takes depends on the
-            matrix; ``num_params`` is that of "rule", and the budget bounds both. "rule" is faster, follows the
-            rule, as random matrices do, and so has as many parameters as they.
+            butterfly and no low rank of as many parameters (but for gamma) is nearer. With moments it searches in their
+            metric too, by a few sweeps for each split. What it takes depends on the matrix; ``num_params`` is that of
+            "rule", and the budget bounds both. "rule" is faster, follows the rule, as random matrices do, and so has
+            as many parameters as they.
         pattern: "flat_butterfly"; or "top_k" with a budget, for blocks that are chosen together with the low rank, as
             ``Pixelfly.from_dense`` does of a density (of a matrix made at random: random ones). The rule gives a
             quarter to the low rank; a search tries several shares, none and all among them.
@@ -230,9 +264,15 @@ class PixelflyConfig(Config):
 
     def _project(self, W: Tensor, offsets: int = 1) -> tuple[StructuredMatrix, None, Tensor]:
         m, n = int(W.shape[-2]), int(W.shape[-1]) // offsets
+        found = [Pixelfly._project(W, layout, rank, block=self.block) for layout, rank in self._splits(m, n, offsets)]
+        return min(found, key=lambda f: torch.linalg.vector_norm(f[2]).item())
+
+    def _splits(self, m: int, n: int, offsets: int) -> list[tuple[Any, int]]:
+        """Layouts, or densities, and ranks among which a projection chooses."""
         fixed = self.split == "rule" or self.max_stride is not None or self.rank is not None
         if fixed or self.budget(m, n) is None:
-            return Pixelfly._project(W, **self._resolve(m, n, offsets))
+            sizes = self._resolve(m, n, offsets)
+            return [(sizes["layout"], sizes["rank"])]
         if self.pattern == "top_k":
             fits: list[tuple[Any, int]] = list(dict.fromkeys(self._free(m, n, share) for share in _SHARES))
         else:
@@ -240,9 +280,23 @@ class PixelflyConfig(Config):
         side = m + n * offsets
         none = layouts.full((m, n * offsets), self.block)
         empty = Layout(torch.zeros_like(none.mask), none.block, none.shape)
-        fits.append((empty, min((self._budget(m, n, offsets) - 1) // side, m, n * offsets)))
-        found = [Pixelfly._project(W, layout, rank, block=self.block) for layout, rank in fits]
-        return min(found, key=lambda f: torch.linalg.vector_norm(f[2]).item())
+        return [*fits, (empty, min((self._budget(m, n, offsets) - 1) // side, m, n * offsets))]
+
+    def _calibrate(self, start: StructuredMatrix, W: Tensor, moments: Moments, damping: float) -> StructuredMatrix:
+        found = [fit(start, W, moments, damping)]
+        splits = self._splits(W.shape[0], W.shape[1], 1)
+        if self.pattern == "top_k":  # blocks chosen with the moments in view
+            seen = _seen(W, moments, damping)
+            chosen = [Pixelfly._project(seen, s, r, sweeps=_TRIED, block=self.block)[0].layout for s, r in splits]
+            splits = [(layout, r) for layout, (_, r) in zip(chosen, splits, strict=True)]
+        # A few sweeps tell the splits apart; the best one is finished.
+        tried = [Pixelfly._project(W, s, r, sweeps=_TRIED)[0] for s, r in splits if len(splits) > 1]
+        fitted = [fit(value, W, moments, damping, _TRIED) for value in tried]
+        layout, rank = splits[_nearest(fitted, W, moments, damping)[0] if tried else 0]
+        old: Any = start
+        if rank != old.rank or not torch.equal(layout.mask, old.layout.mask):
+            found.append(fit(Pixelfly._project(W, layout, rank)[0], W, moments, damping))
+        return _nearest(found, W, moments, damping)[1]
 
 
 def beside(layout: Layout, offsets: int) -> Layout:

@@ -1,6 +1,6 @@
 """Exchange the linear layers of a model for structured ones, measure what that cost, and keep the result in a file."""
 
-from structmat.surgery.allocation import Allocation, allocate
+from structmat.surgery.allocation import allocate
 from structmat.surgery.calibrating import calibrate
 from structmat.surgery.calibration import Calibration
 from structmat.surgery.carry import carry_optimizer
@@ -8,8 +8,12 @@ from structmat.surgery.checkpoint import load_file, save_file
 from structmat.surgery.costs import measure_seconds
 from structmat.surgery.densify import densify_
 from structmat.surgery.healing import HealReport, heal, healing_loss, healing_trainer
+from structmat.surgery.hidden_units import HiddenUnits
+from structmat.surgery.permuting import PermuteReport, permute_hidden_
+from structmat.surgery.plan import Allocation
 from structmat.surgery.replace import compress_, replace_
 from structmat.surgery.report import LayerRow, Report
+from structmat.surgery.sensitivity import sensitivity
 from structmat.surgery.to_m2 import to_m2
 from structmat.surgery.training import distillation_loss, gradual_ratio, reproject_
 
@@ -17,7 +21,9 @@ __all__ = [
     "Allocation",
     "Calibration",
     "HealReport",
+    "HiddenUnits",
     "LayerRow",
+    "PermuteReport",
     "Report",
     "allocate",
     "calibrate",
@@ -31,8 +37,10 @@ __all__ = [
     "healing_trainer",
     "load_file",
     "measure_seconds",
+    "permute_hidden_",
     "replace_",
     "reproject_",
     "save_file",
+    "sensitivity",
     "to_m2",
 ]

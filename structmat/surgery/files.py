@@ -21,7 +21,7 @@ from structmat.config import Config, project
 from structmat.nn import MatrixParameters
 from structmat.surgery.candidates import Candidate, choose, natural
 from structmat.surgery.densify import to_dense
-from structmat.surgery.output import check_output, staged_folder
+from structmat.surgery.output import check_output, staging
 from structmat.surgery.replace import collect
 from structmat.surgery.report import LayerRow, Report
 from structmat.surgery.shards import Checkpoint
@@ -233,7 +233,7 @@ def rewrite(checkpoint: Checkpoint, jobs: Sequence[Job], out: Path, hidden: bool
             file = checkpoint.files[0]
             _write_shard(checkpoint, file, by_shard[file.path], removed, out, bar)
             return
-        stage = stack.enter_context(staged_folder(checkpoint, out))
+        stage = stack.enter_context(staging(out, checkpoint.folder))
         weight_map: dict[str, str] = {}
         sizes: list[Entry] = []
         for file in checkpoint.files:

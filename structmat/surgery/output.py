@@ -57,15 +57,15 @@ def check_output(checkpoint: Checkpoint, out: Path, force: bool) -> None:
 
 
 @contextlib.contextmanager
-def staged_folder(checkpoint: Checkpoint, out: Path) -> Iterator[Path]:
+def staging(out: Path, source: Path | None = None) -> Iterator[Path]:
     """A temporary folder that becomes ``out``, or whose files move into an ``out`` that exists, on success.
 
-    Files of the source's folder that are not weights are copied along. After an exception the temporary folder is
-    removed and ``out`` is as before.
+    After an exception the temporary folder is removed and ``out`` is as before.
 
     Args:
-        checkpoint: the source.
-        out: passed by :func:`check_output`.
+        out: the folder to make; or one that exists, in which files of the same names are replaced, and the shards that
+            an index names are removed.
+        source: a folder of which files that are not weights are copied first, unless it is ``out`` itself.
 
     Yields:
         The folder to write in.
@@ -75,12 +75,11 @@ def staged_folder(checkpoint: Checkpoint, out: Path) -> Iterator[Path]:
     stage = out / name if out.is_dir() else out.with_name(name)
     stage.mkdir()
     try:
-        yield stage
-        assert checkpoint.folder is not None
-        if not (out.is_dir() and out.samefile(checkpoint.folder)):
-            for path in sorted(checkpoint.folder.iterdir()):
+        if source is not None and not (out.is_dir() and out.samefile(source)):
+            for path in sorted(source.iterdir()):
                 if _comes_along(path):
                     shutil.copy(path, stage / path.name)
+        yield stage
         if stage.parent != out:
             os.rename(stage, out)
             return

@@ -17,12 +17,14 @@ from structmat.config import BudgetError, Projection
 from structmat.projection.moments import Moments
 from structmat.surgery.fitting import check_moments, fit_layer, own_bias, own_biases
 from structmat.surgery.in_order import fit_in_order
+from structmat.surgery.plan import Allocation
 from structmat.surgery.report import LayerRow, Report
 from structmat.surgery.selection import (
     Configs,
     FilterFn,
     Selection,
     Target,
+    check_model,
     count_params,
     select,
 )
@@ -58,7 +60,8 @@ def compress_(
     Args:
         model: any module that contains such layers.
         config: one config for all layers, or a mapping of patterns for dotted names (``"encoder.*.fc1"``, as in
-            :mod:`fnmatch`) to configs, of which the first match counts; what no pattern matches is left alone.
+            :mod:`fnmatch`) to configs, of which the first match counts; what no pattern matches is left alone. Such a
+            mapping is the plan that :func:`allocate` makes.
         filter_fn: called with name and module; layers for which it returns false are left alone.
         dry_run: compute sizes and costs only, and change nothing. Weights are not looked at.
         progress: whether to show a progress bar; None shows it on a terminal.
@@ -77,8 +80,8 @@ def compress_(
         structmat.BudgetError: if a budget is too small for a layer; all such layers are named.
         TypeError: if an argument has the wrong type.
         ValueError: if nothing is to be replaced, a structure does not exist for a layer's size, a weight has NaN or
-            infinite entries or is on the meta device, the calibration lacks a layer or is of other sizes, the model
-            is itself a linear layer, or it is wrapped for distributed training.
+            infinite entries or is on the meta device, the calibration lacks a layer or is of other sizes, a plan is
+            for another model, the model is itself a linear layer, or it is wrapped for distributed training.
 
     Example:
         >>> import torch, structmat
@@ -90,7 +93,7 @@ def compress_(
         >>> report.params_before, report.params_after
         (2688, 1360)
     """
-    selection = select(model, config, filter_fn)
+    selection = _select(model, config, filter_fn)
     sketches = _sketch(selection)
     if not dry_run:
         _check_values(selection)
@@ -158,7 +161,7 @@ def replace_(
         >>> surgery.replace_(model, structmat.BlockDiagonalConfig(nblocks=4)).params_after
         512
     """
-    selection = select(model, config, filter_fn)
+    selection = _select(model, config, filter_fn)
     sketches = _sketch(selection)
     before, layers = count_params(model), []
     for target in selection.targets:
@@ -174,6 +177,13 @@ def replace_(
 
 
 # ---------------------------------------------------------------- what compress_ and replace_ share
+def _select(model: nn.Module, config: Configs, filter_fn: FilterFn | None) -> Selection:
+    if isinstance(config, Allocation):
+        check_model(model)
+        config.check(model)
+    return select(model, config, filter_fn)
+
+
 def _sketch(selection: Selection) -> list[StructuredMatrix]:
     """The new weights without memory; raises for all layers that cannot take their config."""
 

@@ -7,24 +7,16 @@ import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
-import torch
 from torch import nn
-from tqdm import tqdm
 
-from structmat.config import BudgetError, Config, project
+from structmat.config import BudgetError, Config
 from structmat.config_block_sparse import PixelflyConfig, strides
-from structmat.projection.truncated import work_dtype
-from structmat.surgery.costs import Costs
-from structmat.surgery.knapsack import knapsack
 from structmat.surgery.replace import _row
 from structmat.surgery.report import LayerRow
 from structmat.surgery.selection import Target
 
 WeightFn = Callable[[str, nn.Module], float]
 Fit = Callable[[Target, int], Config]
-
-# Into how many parts a budget that is no integer is divided for the knapsack.
-_PARTS = 1 << 40
 
 
 @dataclasses.dataclass(frozen=True)
@@ -107,42 +99,6 @@ def check_pixelfly(targets: list[Target]) -> None:
             )
 
 
-def least_error(
-    targets: list[Target], ratio: float, weights: list[float], levels: int, costs: Costs
-) -> tuple[list[Option], float, float]:
-    """The sizes of least error within ``ratio`` of the dense cost; that budget, and the gap of the knapsack."""
-    ladders = [ladder(target, ratio, levels) for target in targets]
-    dense_costs = [costs(target.weight) for target in targets]
-    counted, total = costs.cost == "params", sum(dense_costs)
-    budget = math.floor(ratio * total) if counted else ratio * total
-    if counted:  # the smallest sizes are known before anything is projected
-        sizes = zip(targets, ladders, strict=True)
-        _check_least(sum(r[0].num_params(*t.shape) if r else math.prod(t.shape) for t, r in sizes), budget, costs)
-    options: list[list[Option]] = []
-    for i, target in enumerate(tqdm(targets, "allocating", disable=None)):
-        size = float(torch.linalg.vector_norm(target.weight, dtype=work_dtype(target.weight)).real) ** 2
-        options.append([dataclasses.replace(dense(target, error=0.0), cost=dense_costs[i])])
-        for config in ladders[i]:
-            result = project(target.weight, config)
-            row, loss = _row(target, result.matrix, result), weights[i] * result.error**2 * size
-            options[-1].append(Option(config, row.params_after, loss, row, costs(result.matrix)))
-    _check_least(sum(min(o.cost for o in group) for group in options), budget, costs)
-    # The knapsack counts in integers: of a budget that is none, in parts of a size that no measurement resolves.
-    part = 1 if counted else total / _PARTS
-    integers = [[round(o.cost / part) for o in group] for group in options]
-    most = budget if counted else max(math.floor(budget / part), sum(map(min, integers)))
-    best, gap = knapsack(integers, [[o.loss for o in group] for group in options], int(most))
-    return [group[k] for group, k in zip(options, best, strict=True)], budget, gap
-
-
-def _check_least(least: float, budget: float, costs: Costs) -> None:
-    if least > budget:
-        raise BudgetError(
-            f"the selected layers need at least {least:.6g} {costs.unit}, the budget is {budget:.6g}; raise ratio, or "
-            "exclude layers with filter_fn"
-        )
-
-
 def by_function(rule: Any, targets: list[Target], budget: float) -> list[Option]:
     """What a function of shapes and budget says; the others stay dense."""
     sizes = dict(rule({t.name: t.shape for t in targets}, budget))
@@ -181,7 +137,7 @@ def meet(budgets: Mapping[str, int], targets: list[Target], fit: Fit | None = No
             problems.append(f"  {target.name}: {error}")
     if problems:
         raise BudgetError(
-            f"{len(problems)} of {len(targets)} layers cannot meet their budget. Raise ratio, exclude them with "
+            f"{len(problems)} of {len(targets)} layers cannot meet their budget. Raise it, exclude them with "
             'filter_fn, or use rule="error", which may keep layers dense:\n' + "\n".join(problems)
         )
     return chosen
@@ -194,7 +150,7 @@ def dense(target: Target, error: float | None = None) -> Option:
     return Option(None, size, 0.0, row, size)
 
 
-def ladder(target: Target, ratio: float, levels: int) -> list[Config]:
+def ladder(target: Target, ratio: float | None, levels: int) -> list[Config]:
     """Configs of different sizes below the dense one, the smallest first; none if there are none."""
     m, n = target.shape
     whole = m * n
@@ -211,7 +167,8 @@ def ladder(target: Target, ratio: float, levels: int) -> list[Config]:
     while high - low > 1:
         middle = (low + high) // 2
         low, high = (middle, high) if size(middle) is None else (low, middle)
-    rungs = [round(high * (whole / high) ** (i / levels)) for i in range(levels)] + [math.floor(ratio * whole)]
+    rungs = [round(high * (whole / high) ** (i / levels)) for i in range(levels)]
+    rungs += [] if ratio is None else [math.floor(ratio * whole)]
     found: dict[int, Config] = {}
     for rung in sorted(rungs):
         params = size(rung) if high <= rung < whole else None
@@ -220,12 +177,14 @@ def ladder(target: Target, ratio: float, levels: int) -> list[Config]:
     return list(found.values())
 
 
-def checked_weights(targets: list[Target], weight: WeightFn) -> list[float]:
-    """The function's values for all layers; raise unless they are positive."""
+def checked_weights(targets: list[Target], weight: WeightFn | Mapping[str, float]) -> list[float]:
+    """The function's or the mapping's values for all layers; raise unless they are positive."""
+    if isinstance(weight, Mapping) and (missing := [t.name for t in targets if t.name not in weight]):
+        raise ValueError(f"weight has no {', '.join(missing[:5])}{' and others' if len(missing) > 5 else ''}")
     values = []
     for target in targets:
-        value = float(weight(target.name, target.module))
+        value = float(weight[target.name] if isinstance(weight, Mapping) else weight(target.name, target.module))
         if not (math.isfinite(value) and value > 0):
-            raise ValueError(f"weight must return a positive finite number, got {value} for {target.name}")
+            raise ValueError(f"weight must be a positive finite number, got {value} for {target.name}")
         values.append(value)
     return values
