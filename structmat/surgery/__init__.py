@@ -9,11 +9,13 @@ from structmat.surgery.costs import measure_seconds
 from structmat.surgery.densify import densify_
 from structmat.surgery.healing import HealReport, heal, healing_loss, healing_trainer
 from structmat.surgery.hidden_units import HiddenUnits
+from structmat.surgery.latency import Speed, Speeds, measure_latency, slower_layers
 from structmat.surgery.permuting import PermuteReport, permute_hidden_
 from structmat.surgery.plan import Allocation
+from structmat.surgery.pretrained import load_pretrained, save_pretrained
 from structmat.surgery.replace import compress_, replace_
 from structmat.surgery.report import LayerRow, Report
-from structmat.surgery.sensitivity import sensitivity
+from structmat.surgery.sensitivities import sensitivity
 from structmat.surgery.to_m2 import to_m2
 from structmat.surgery.training import distillation_loss, gradual_ratio, reproject_
 
@@ -25,6 +27,8 @@ __all__ = [
     "LayerRow",
     "PermuteReport",
     "Report",
+    "Speed",
+    "Speeds",
     "allocate",
     "calibrate",
     "carry_optimizer",
@@ -36,11 +40,15 @@ __all__ = [
     "healing_loss",
     "healing_trainer",
     "load_file",
+    "load_pretrained",
+    "measure_latency",
     "measure_seconds",
     "permute_hidden_",
     "replace_",
     "reproject_",
     "save_file",
+    "save_pretrained",
     "sensitivity",
+    "slower_layers",
     "to_m2",
 ]

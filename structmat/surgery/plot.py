@@ -25,6 +25,16 @@ def plot_report(report: Report, path: str | os.PathLike[str]) -> None:
         ValueError: if no layer was replaced, or the suffix is unknown.
     """
     check_plot(path)
+    layers_figure(report).savefig(path, dpi=150)
+
+
+def layers_figure(report: Report) -> Any:
+    """The figure of :func:`plot_report`.
+
+    Raises:
+        ImportError: if matplotlib is not installed.
+        ValueError: if no layer was replaced.
+    """
     from matplotlib.figure import Figure  # not pyplot, which keeps global state and may want a display
 
     rows = report.compressed
@@ -47,7 +57,7 @@ def plot_report(report: Report, path: str | os.PathLike[str]) -> None:
     else:
         first.set_ylabel(f"{len(rows)} layers, in the model's order", fontsize=9, color=_INK)
     figure.suptitle(_title(report, prefix), fontsize=10.5, color=_INK, x=0.01, ha="left")
-    figure.savefig(path, dpi=150)
+    return figure
 
 
 def check_plot(path: str | os.PathLike[str]) -> None:
@@ -80,9 +90,14 @@ def _draw_errors(axes: Any, places: list[int], rows: Sequence[LayerRow], mean: f
     at, errors, bounds = [place for place, _, _ in known], [e for _, e, _ in known], [b for _, _, b in known]
     axes.hlines(at, 0, errors, color=_ERROR, alpha=0.35, linewidth=1.5)
     axes.plot(errors, at, "o", color=_ERROR, markersize=4.5, label="relative error")
-    axes.plot(bounds, at, "|", color=_INK, markersize=9, label="bound of the structure")
+    if any(bound is not None for bound in bounds):
+        axes.plot(bounds, at, "|", color=_INK, markersize=9, label="bound of the structure")
+    calibrated = [(p, row.calibrated_error) for p, row in zip(places, rows, strict=True) if row.calibrated_error]
+    if calibrated:
+        axes.plot([e for _, e in calibrated], [p for p, _ in calibrated], "o", color=_AFTER, markersize=4.5)
+        axes.lines[-1].set_label("calibrated error, of the outputs")
     axes.axvline(mean, color=_ERROR, linewidth=0.9, linestyle=":", label="mean")
-    axes.set_xlim(0, max([*errors, 1e-3]) * 1.06)
+    axes.set_xlim(0, max([*errors, *(e for _, e in calibrated), 1e-3]) * 1.06)
     axes.set_xlabel("|W − M| / |W|, Frobenius", fontsize=9, color=_INK)
     _dress(axes)
 

@@ -41,19 +41,19 @@ def save_pretrained(model: nn.Module, directory: str | os.PathLike[str], tokeniz
     Example:
         >>> import os, tempfile, transformers, structmat
         >>> from structmat import surgery
-        >>> config = transformers.BertConfig(50, 32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=64)
-        >>> model = transformers.BertModel(config)
+        >>> config = transformers.GPT2Config(n_embd=32, n_layer=1, n_head=2, n_positions=16, vocab_size=50)
+        >>> model = transformers.GPT2LMHeadModel(config)
         >>> report = surgery.compress_(model, structmat.LowRankConfig(ratio=0.5))
         >>> folder = os.path.join(tempfile.mkdtemp(), "small")
         >>> surgery.save_pretrained(model, folder)
-        >>> type(surgery.load_pretrained(folder).encoder.layer[0].attention.self.query).__name__
+        >>> type(surgery.load_pretrained(folder).transformer.h[0].attn.c_attn).__name__
         'LowRankLinear'
     """
     if not is_transformers(model):
         raise TypeError(
             f"model must be a transformers model, got {type(model).__name__}; save_file saves any module's weights"
         )
-    _model_class(type(model).__name__, "the model")
+    _class_named(type(model).__name__, "the model")
     directory = Path(directory)
     if directory.exists() and not directory.is_dir():
         raise ValueError(f"{directory} is a file: name a folder to write")
@@ -98,22 +98,18 @@ def load_pretrained(
         ValueError: if the folder is not such a one, or its weights do not fit the architecture.
 
     Example:
-        >>> import os, tempfile, torch, transformers
+        >>> import tempfile, torch, transformers
         >>> from structmat import surgery
         >>> config = transformers.GPT2Config(n_embd=32, n_layer=1, n_head=2, n_positions=16, vocab_size=50)
-        >>> model = transformers.GPT2LMHeadModel(config).eval()
-        >>> surgery.save_pretrained(model, os.path.join(tempfile.mkdtemp(), "gpt2"))
+        >>> model, tokens = transformers.GPT2LMHeadModel(config).eval(), torch.arange(9)[None]
+        >>> folder = tempfile.mkdtemp()
+        >>> surgery.save_pretrained(model, folder)
+        >>> torch.equal(surgery.load_pretrained(folder)(tokens).logits, model(tokens).logits)
+        True
     """
     folder = Path(directory)
-    config = read_config(folder)
-    names = getattr(config, "architectures", None) or []
-    if len(names) != 1:
-        raise ValueError(f"{folder / 'config.json'} must name one class under architectures, got {names}")
-    cls = _model_class(names[0], str(folder / "config.json"))
-    with torch.random.fork_rng(devices=[]), _undrawn():
-        model = cls._from_config(config, **({} if dtype is None else {"dtype": dtype}))
+    model = undrawn_model(read_config(folder), folder, dtype)
     load_file(model, folder)
-    model.tie_weights()
     return model.to(device).eval() if device is not None else model.eval()
 
 
@@ -147,7 +143,33 @@ def import_transformers() -> Any:
         raise ImportError("this needs transformers: pip install transformers") from error
 
 
-def _model_class(name: str, where: str) -> Any:
+def model_class(config: Any, folder: str | os.PathLike[str]) -> Any:
+    """The class that a config names, or of none the one that transformers' ``AutoModel`` takes.
+
+    Raises:
+        ValueError: if the config names several, or one that transformers does not have.
+    """
+    names, where = getattr(config, "architectures", None) or [], str(Path(folder) / "config.json")
+    if len(names) > 1:
+        raise ValueError(f"{where} must name one class under architectures, got {', '.join(names)}")
+    if names:
+        return _class_named(names[0], where)
+    mapping = import_transformers().MODEL_MAPPING
+    if type(config) not in mapping:
+        raise ValueError(f"{where} names no class under architectures")
+    return mapping[type(config)]
+
+
+def undrawn_model(config: Any, folder: str | os.PathLike[str], dtype: torch.dtype | None = None) -> Any:
+    """The model of a config, its parameters uninitialised where transformers can do that; see :func:`model_class`."""
+    cls = model_class(config, folder)
+    with torch.random.fork_rng(devices=[]), _undrawn():
+        model = cls._from_config(config, **({} if dtype is None else {"dtype": dtype}))
+    model.tie_weights()  # which the constructor leaves out with the initialisation
+    return model
+
+
+def _class_named(name: str, where: str) -> Any:
     cls = getattr(import_transformers(), name, None)
     if cls is None or not hasattr(cls, "_from_config"):
         raise ValueError(f"{where}: transformers has no model class {name}; custom code is not run")
