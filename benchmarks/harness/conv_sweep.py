@@ -39,7 +39,12 @@ def choices(case: Case, smoke: bool) -> list[Choice]:
     """All of a sweep: P transforms side by side, warps."""
     if smoke:
         return [(1, 4), (2, 4)]
-    return [(P, warps) for P in (1, 2, 4, 8) for warps in (4, 8, 16)]
+    from structmat_kernels.fft_conv.kernel import points_of
+
+    points = points_of(case.length)
+    tiles = [P for P in (1, 2, 4, 8, 16) if P == 1 or P * points <= 16384 and 2 * P <= case.batch]
+    # Fewer warps would not hold a tile in their registers.
+    return [(P, w) for P in tiles for w in (4, 8, 16) if 256 * w <= max(2048, P * points) <= 2048 * w]
 
 
 def default(case: Case) -> Choice:
@@ -71,13 +76,13 @@ _operands: dict[tuple[Case, str], Operands] = {}
 
 def _call(case: Case, device: torch.device, choice: Choice) -> Callable[[int], dict[str, Tensor]]:
     """The kernel alone: the forward one, or the one of all gradients."""
-    from structmat_kernels.fft_conv.kernel import backward_conv, forward_conv
+    from structmat_kernels.fft_conv.kernel import STAGES, backward_conv, forward_conv
 
     if (case, str(device)) not in _operands:
         _operands.clear()  # those of one case at a time
         _operands[case, str(device)] = Operands(case, device)
     made = _operands[case, str(device)]
-    config = {"P": choice[0], "num_warps": choice[1]}
+    config = {"P": choice[0], "num_warps": choice[1], "num_stages": STAGES}
 
     @torch.no_grad()
     def call(i: int) -> dict[str, Tensor]:

@@ -15,6 +15,8 @@ from structmat_kernels.tuning import Config
 
 #: The longest input of the kernels.
 LONGEST = max(RADICES) // 2
+#: With more, Triton keeps several copies of the tables that the loop reads, and shared memory does not hold them.
+STAGES = 1
 
 
 def config(batch: int, points: int, half: bool, backward: bool) -> Config:
@@ -23,7 +25,7 @@ def config(batch: int, points: int, half: bool, backward: bool) -> Config:
     P = max(1, min(most // points, power(cdiv(batch, 2))))
     tile = P * points
     warps = max(4, min(16, tile // (512 if backward or not half else 1024)))
-    return {"P": P, "num_warps": warps}
+    return {"P": P, "num_warps": warps, "num_stages": STAGES}
 
 
 def points_of(length: int) -> int:

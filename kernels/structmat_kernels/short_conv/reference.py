@@ -15,8 +15,8 @@ def short_conv(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         bias: shape (channels,), or None.
 
     Returns:
-        The shape of x. Half precision is accumulated in float32, the bias included, and rounded once. Cost: 2 taps
-        operations an entry.
+        The shape of x. Half precision is accumulated in float32 and rounded once, on CUDA once more before the bias is
+        added. Cost: 2 taps operations an entry.
     """
     if x.numel() == 0:  # F.conv1d takes no empty channels and lengths
         y = x * weight.sum(-1, keepdim=True)
