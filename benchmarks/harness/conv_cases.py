@@ -71,23 +71,27 @@ class Case:
         """Operations of the kernels' products, where there are kernels and products.
 
         A stage of N of M points multiplies M / N rows of 2 N numbers by a 2 N x 2 N matrix: 8 M N operations. In the
-        first stage of a forward transform half the rows are zeros and left out, in the last one of an inverse half the
-        columns: 8 M (N1 / 2 + N2 + N3) for a transform, N3 absent in order 2. It holds a pair of sequences. Forwards
-        there are two, 16 M (N1 / 2 + N2 + N3); backwards three, of the gradients, back to those of u, and of u, and a
-        fourth, y again, for the gate behind. A filter, once a channel, and its gradient take whole ones, of N1 rows.
+        first stage of a forward transform half the rows are zeros and left out; in the last one of an inverse half the
+        columns are not wanted, and left out in float32: 8 M (N1 / 2 + N2 + N3), N3 absent in order 2, else a whole one,
+        of N1. It holds a pair of sequences. Forwards there are two; backwards, in float32, of the gradients, back to
+        those of u, and of u, and a fourth, y again, for the gate behind; in half precision two each for the gradients
+        of u, of the filter and of that gate. Transforms of filters, one a channel and pass, are whole.
         """
         if self.operation != "long" or self.length > LONGEST:
             return None
-        from structmat_kernels.fft_conv.kernel import points_of
-        from structmat_kernels.fft_conv.transforms import RADICES
+        from structmat_kernels.fft_conv import half, kernel, transforms
 
-        points = points_of(self.length)
-        n1, n2, n3 = RADICES[points]
+        short = DTYPES[self.dtype].itemsize == 2
+        points = (half if short else kernel).points_of(self.length)
+        n1, n2, n3 = (half if short else transforms).RADICES[points]
         others = n2 + (n3 if n3 > 1 else 0)
-        half, whole = 8 * points * (n1 // 2 + others), 8 * points * (n1 + others)
-        pairs = -(-self.batch // 2)
-        transforms = 2 + (3 + (self.variant == GATES) if self.training else 0)
-        return self.channels * (pairs * transforms * half + (3 if self.training else 1) * whole)
+        some, whole = 8 * points * (n1 // 2 + others), 8 * points * (n1 + others)
+        gates = self.variant == GATES
+        if not short:
+            transforms_, filters = (2 + 3 + gates, 3) if self.training else (2, 1)
+            return self.channels * (-(-self.batch // 2) * transforms_ * some + filters * whole)
+        ahead, back, filters = (2 + 2 + gates, 1 + 1 + gates, 3 + gates) if self.training else (1, 1, 1)
+        return self.channels * (-(-self.batch // 2) * (ahead * some + back * whole) + filters * whole)
 
 
 def cases(smoke: bool = False) -> list[Case]:

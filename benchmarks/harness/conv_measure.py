@@ -26,6 +26,7 @@ COLUMNS = (
 )
 #: Where the kernels are, to ask what became of them.
 KERNELS = (
+    ("structmat_kernels.fft_conv.chain_programs", ("convolve", "correlate")),
     ("structmat_kernels.fft_conv.programs", ("convolve", "gradients")),
     ("structmat_kernels.short_conv.kernel", ("_forward", "_backward")),
 )

@@ -36,29 +36,37 @@ class Task:
 
 
 def choices(case: Case, smoke: bool) -> list[Choice]:
-    """All of a sweep: P transforms side by side, warps."""
-    if smoke:
-        return [(1, 4), (2, 4)]
-    from structmat_kernels.fft_conv.kernel import points_of
+    """All of a sweep: P transforms side by side, warps (which the radices settle in half precision)."""
+    from structmat_kernels.fft_conv import half, kernel
 
-    points = points_of(case.length)
-    tiles = [P for P in (1, 2, 4, 8, 16) if P == 1 or P * points <= 16384 and 2 * P <= case.batch]
+    short = DTYPES[case.dtype].itemsize == 2
+    if smoke:
+        return [(2, 4), (4, 4)] if short else [(1, 4), (2, 4)]
+    points = (half if short else kernel).points_of(case.length)
+    if short:
+        n1, _, n3 = half.RADICES[points]
+        least = 2 if n3 == 1 else 1
+        return [(P, n1 // 8) for P in (1, 2, 4, 8, 16) if least == P or (least < P and P * points <= 8192)]
+    tiles = [P for P in (1, 2, 4, 8, 16) if P == 1 or (P * points <= 16384 and case.batch >= 2 * P)]
     # Fewer warps would not hold a tile in their registers.
     return [(P, w) for P in tiles for w in (4, 8, 16) if 256 * w <= max(2048, P * points) <= 2048 * w]
 
 
 def default(case: Case) -> Choice:
     """What the kernel takes when it is not told."""
-    from structmat_kernels.fft_conv.kernel import config, points_of
+    from structmat_kernels.fft_conv import half, kernel
 
-    found = config(case.batch, points_of(case.length), DTYPES[case.dtype].itemsize == 2, case.training)
+    if DTYPES[case.dtype].itemsize == 2:
+        points = half.points_of(case.length)
+        return half.config(case.batch, points)["P"], half.RADICES[points][0] // 8
+    found = kernel.config(case.batch, kernel.points_of(case.length))
     return found["P"], found["num_warps"]
 
 
 def row_of(case: Case, choice: Choice) -> dict[str, Any]:
     """A row without figures."""
     row: dict[str, Any] = dict.fromkeys(COLUMNS, "")
-    row |= {"case": case.key, "kernel": "gradients" if case.training else "convolve", "status": "ok"}
+    row |= {"case": case.key, "kernel": "backward" if case.training else "forward", "status": "ok"}
     return row | {"P": choice[0], "num_warps": choice[1], "default": choice == default(case)}
 
 
@@ -82,7 +90,9 @@ def _call(case: Case, device: torch.device, choice: Choice) -> Callable[[int], d
         _operands.clear()  # those of one case at a time
         _operands[case, str(device)] = Operands(case, device)
     made = _operands[case, str(device)]
-    config = {"P": choice[0], "num_warps": choice[1], "num_stages": STAGES}
+    config = {"P": choice[0]}
+    if DTYPES[case.dtype].itemsize != 2:
+        config |= {"num_warps": choice[1], "num_stages": STAGES}
 
     @torch.no_grad()
     def call(i: int) -> dict[str, Tensor]:

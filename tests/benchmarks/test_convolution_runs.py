@@ -1,6 +1,7 @@
 """convolutions.py in small on the CPU, kernels in Triton's interpreter: rows, failures, a budget, sweeps."""
 
 import csv
+import dataclasses
 import json
 import time
 
@@ -56,15 +57,18 @@ def test_the_ways_agree_in_float64():
 
 def test_floors_by_hand():
     """1024 points are 32 x 32 and 8192 are 32 x 16 x 16; two sequences of three are one pair and a half-empty one."""
+    from structmat_kernels.fft_conv import chain
     from structmat_kernels.fft_conv.transforms import RADICES
 
-    assert (RADICES[1024], RADICES[8192]) == ((32, 32, 1), (32, 16, 16))
+    assert chain.RADICES[1024] == RADICES[1024] == (32, 32, 1)
+    assert RADICES[8192] == (32, 16, 16)
     case = conv_cases.Case("long", 3, 5, 512)
     half, whole = 8 * 1024 * (16 + 32), 8 * 1024 * (32 + 32)
-    assert case.operations == 5 * (2 * 2 * half + whole)
+    assert case.operations == 5 * (2 * (half + whole) + whole)
     assert case.bytes_moved == 2 * 2 * 3 * 5 * 512 + 4 * 5 * 512
     gated = conv_cases.Case("long", 3, 5, 512, direction=TRAINING, variant=conv_cases.GATES)
-    assert gated.operations == 5 * (2 * 6 * half + 3 * whole)
+    assert gated.operations == 5 * (2 * (5 * half + 3 * whole) + 4 * whole)
+    assert dataclasses.replace(gated, dtype="fp32").operations == 5 * (2 * 6 * half + 3 * whole)
     assert gated.bytes_moved == (4 + 7) * 2 * 3 * 5 * 512 + 3 * 4 * 5 * 512
     long = conv_cases.Case("long", 64, 768, 4096, "fp32")
     operations = 768 * (32 * 16 * 8192 * (16 + 16 + 16) + 8 * 8192 * 64)
@@ -213,10 +217,10 @@ def test_a_sweep_finds_the_best(convolutions, tmp_path, monkeypatch):
     status, rows, _ = run(convolutions, tmp_path, "--sweep", "--only", "long/2x3x37/fp32")
     assert status == 0
     assert [(r["kernel"], r["P"], r["status"]) for r in rows] == [
-        ("convolve", "1", "ok"),
-        ("convolve", "2", "error: ValueError: out of resource: shared memory"),
-        ("gradients", "1", "ok"),
-        ("gradients", "2", "ok"),
+        ("forward", "1", "ok"),
+        ("forward", "2", "error: ValueError: out of resource: shared memory"),
+        ("backward", "1", "ok"),
+        ("backward", "2", "ok"),
     ]
     assert [r["default"] for r in rows] == ["True", "False"] * 2
     for row in rows:

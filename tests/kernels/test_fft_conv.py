@@ -263,7 +263,8 @@ def test_same_bits_again(same_bits_everywhere):
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 @pytest.mark.parametrize(
-    ("batch", "channels", "length"), [(64, 40, 1000), (17, 33, 2048), (6, 300, 4096), (33, 64, 256)]
+    ("batch", "channels", "length"),
+    [(64, 40, 1000), (17, 33, 2048), (6, 300, 4096), (33, 64, 256), (66, 600, 512), (9, 3, 129)],
 )
 def test_many_sequences(batch, channels, length, dtype):
     given = [t.requires_grad_() for t in operands(batch, channels, length, length, 0, dtype, "cuda") if t is not None]
