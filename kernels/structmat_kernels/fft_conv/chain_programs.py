@@ -75,12 +75,13 @@ def _operand(x, P: tl.constexpr, N1: tl.constexpr, N2: tl.constexpr, N3: tl.cons
     """
     S: tl.constexpr = 1 if N3 == 1 else 4
     x = tl.permute(tl.reshape(x, (N1 // 16, 2, 8, S, P, N2 // S, N3)), (0, 1, 2, 4, 6, 5, 3))
+    # Columns and rows one after the other: Triton reduces over lanes wrongly that are no neighbours.
+    most = tl.max(tl.reshape(tl.abs(x), (N1 // 16, 2, 8, P, N2 * N3)), 4)
     if APART:
-        most = tl.reshape(tl.permute(tl.abs(x), (1, 3, 0, 2, 4, 5, 6)), (2, P, N1 // 2 * N2 * N3))
-        up, down = _power_below(tl.max(most, 2))
+        up, down = _power_below(tl.max(tl.reshape(tl.permute(most, (1, 3, 0, 2)), (2, P, N1 // 2)), 2))
     else:
-        most = tl.reshape(tl.permute(tl.abs(x), (3, 0, 1, 2, 4, 5, 6)), (1, P, N1 * N2 * N3))
-        up, down = _power_below(tl.broadcast_to(tl.max(most, 2), (2, P)))
+        most = tl.max(tl.reshape(tl.permute(most, (3, 0, 1, 2)), (1, P, N1)), 2)
+        up, down = _power_below(tl.broadcast_to(most, (2, P)))
     x = tl.reshape(x, (N1 // 16, 2, 8, P, N2 * N3)) * down[None, :, None, :, None]
     return tl.reshape(x.to(tl.float16), (N1, P * N3 * N2)), up
 
