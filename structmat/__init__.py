@@ -16,6 +16,7 @@ from structmat.config import (
 from structmat.config_block_sparse import BlockSparseConfig, PixelflyConfig
 from structmat.config_butterfly import ButterflyConfig
 from structmat.config_displacement import LDRConfig
+from structmat.config_pivoted import PivotedLowRankConfig
 from structmat.config_sum import SumConfig
 from structmat.lazy import Inverse, Kronecker, Product, Scaled, Sum, Transposed
 from structmat.matrices import (
@@ -45,6 +46,7 @@ from structmat.matrices import (
     MonarchP,
     OrthogonalButterfly,
     Permutation,
+    PivotedLowRank,
     Pixelfly,
     Shift,
     Toeplitz,
@@ -99,6 +101,8 @@ __all__ = [
     "OrthogonalButterfly",
     "Pattern",
     "Permutation",
+    "PivotedLowRank",
+    "PivotedLowRankConfig",
     "Pixelfly",
     "PixelflyConfig",
     "Probe",

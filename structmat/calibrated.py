@@ -14,7 +14,7 @@ from torch.utils import _pytree as pytree
 
 from structmat.base import StructuredMatrix
 from structmat.lazy import Sum
-from structmat.matrices import BlockDiagonal, BlockSparse, LowRank, Monarch, Pixelfly
+from structmat.matrices import BlockDiagonal, BlockSparse, LowRank, Monarch, PivotedLowRank, Pixelfly
 from structmat.projection.blockwise import join_slices, slice_ranks, split_slices
 from structmat.projection.moments import Moments
 from structmat.projection.truncated import work_dtype
@@ -117,6 +117,16 @@ def _of_low_rank(value: Any) -> _Parts:
     return _Parts([block], (m, n), build)
 
 
+def _of_pivoted(value: Any) -> _Parts:
+    parts = _of_low_rank(value.low_rank())
+
+    def build() -> StructuredMatrix:
+        found: Any = parts.build()
+        return PivotedLowRank.from_low_rank(found)
+
+    return dataclasses.replace(parts, build=build)
+
+
 def _of_block_diagonal(value: Any) -> _Parts:
     k, q, p = value.blocks.shape
     blocks = [
@@ -170,6 +180,7 @@ def _of_pixelfly(value: Any) -> _Parts:
 
 _OF_CLASS: dict[type, Callable[[Any], _Parts]] = {
     LowRank: _of_low_rank,
+    PivotedLowRank: _of_pivoted,
     BlockDiagonal: _of_block_diagonal,
     BlockSparse: _of_block_sparse,
     Monarch: _of_monarch,

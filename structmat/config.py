@@ -174,12 +174,22 @@ class LowRankConfig(Config):
             if self.rank > min(m, n):
                 raise ValueError(f"rank must be at most min(rows, columns) = {min(m, n)}, got {self.rank}")
             return {"rank": self.rank}
-        rank = min(self.budget(m, n) // (m + n), m, n)  # pyright: ignore[reportOptionalOperand]
+        rank = self.rank_within(m, n, self.budget(m, n))  # pyright: ignore[reportArgumentType]
         if rank < 1:
-            raise self._over(m, n, m + n)
+            raise self._over(m, n, self.params_of(m, n, 1))
         return {"rank": rank}
 
-    def _project(self, W: Tensor) -> tuple[StructuredMatrix, Tensor | None]:
+    @staticmethod
+    def params_of(m: int, n: int, rank: int) -> int:
+        """The parameters of an m x n matrix of this rank."""
+        return rank * (m + n)
+
+    @staticmethod
+    def rank_within(m: int, n: int, params: int) -> int:
+        """The largest rank, up to min(m, n), whose matrix has at most so many parameters; 0 if there is none."""
+        return min(params // (m + n), m, n)
+
+    def _project(self, W: Tensor) -> tuple[StructuredMatrix, *tuple[Tensor | None, ...]]:
         left, right, lost = truncated_svd(W, **self.resolve(int(W.shape[-2]), int(W.shape[-1])))
         return LowRank(left, right), lost
 

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from harness.baselines import METHODS
-from structmat import Config, LowRankConfig, MonarchConfig, SumConfig, surgery
+from structmat import Config, LowRankConfig, MonarchConfig, PivotedLowRankConfig, SumConfig, surgery
 from structmat.base import StructuredMatrix
 
 
@@ -113,6 +113,11 @@ def low_rank(ratio: float) -> Config:
     return LowRankConfig(ratio=ratio)
 
 
+def pivoted(ratio: float) -> Config:
+    """Low rank by pivots."""
+    return PivotedLowRankConfig(ratio=ratio)
+
+
 def monarch(nblocks: int) -> Callable[[float], Config]:
     """Monarch of so many blocks."""
     return lambda ratio: MonarchConfig(nblocks=nblocks, ratio=ratio)
@@ -131,11 +136,13 @@ ALTERNATIVES: dict[str, Method] = {
     **{name: baseline(name) for name in METHODS},
     "Monarch, plain": uniform(monarch(4), calibrated=False),
     "low rank, calibrated": uniform(low_rank),
+    "pivoted low rank, calibrated": uniform(pivoted),
     "Monarch, calibrated": uniform(monarch(4)),
     "Monarch + low rank, calibrated": uniform(with_low_rank),
     "low rank, calibrated, in order": uniform(low_rank, compensate=True),
     "Monarch, calibrated, in order": uniform(monarch(4), compensate=True),
     "low rank, allocated": allocated([low_rank]),
+    "pivoted low rank, allocated": allocated([pivoted]),
     "Monarch, allocated": allocated([monarch(4)]),
     "several, allocated": allocated(SEVERAL),
     "several, allocated, in order": allocated(SEVERAL, compensate=True),

@@ -41,11 +41,10 @@ def choices(case: Case, smoke: bool) -> list[Choice]:
 
     short = DTYPES[case.dtype].itemsize == 2
     if smoke:
-        return [(2, 4), (4, 4)] if short else [(1, 4), (2, 4)]
+        return [(4, 4), (8, 4)] if short else [(1, 4), (2, 4)]
     points = (half if short else kernel).points_of(case.length)
     if short:
-        n1, _, n3 = half.RADICES[points]
-        least = 2 if n3 == 1 else 1
+        n1, least = half.RADICES[points][0], half.fewest(points)
         return [(P, n1 // 8) for P in (1, 2, 4, 8, 16) if least == P or (least < P and P * points <= 8192)]
     tiles = [P for P in (1, 2, 4, 8, 16) if P == 1 or (P * points <= 16384 and case.batch >= 2 * P)]
     # Fewer warps would not hold a tile in their registers.

@@ -124,7 +124,8 @@ def differentiable(
         if not torch.compiler.is_compiling():
             return Eager.apply(*args)
         # Some versions of dynamo do not trace a Function where gradients are off.
-        return Traced.apply(*args) if torch.is_grad_enabled() else forward_op(*args)
+        needed = torch.is_grad_enabled() and any([t.requires_grad for t in args[:count]])
+        return Traced.apply(*args) if needed else forward_op(*args)
 
     fast = short(fast_forward, fast_backward, long, count)
 

@@ -31,6 +31,7 @@ from structmat.matrices.monarch import Monarch
 from structmat.matrices.monarch_p import MonarchFFT, MonarchP
 from structmat.matrices.orthogonal_butterfly import OrthogonalButterfly
 from structmat.matrices.permutation import Permutation
+from structmat.matrices.pivoted_low_rank import PivotedLowRank
 from structmat.matrices.pixelfly import Pixelfly
 
 __all__ = [
@@ -60,6 +61,7 @@ __all__ = [
     "MonarchP",
     "OrthogonalButterfly",
     "Permutation",
+    "PivotedLowRank",
     "Pixelfly",
     "Shift",
     "Toeplitz",

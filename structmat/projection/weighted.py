@@ -156,15 +156,22 @@ def low_rank_losses(W: Tensor, metric: Metric, damping: float) -> tuple[Tensor, 
     damped = metric.damped(damping)
     lower = _cholesky(damped.S)
     upper = None if damped.T is None else _cholesky(damped.T).mH
-    left, values, right = torch.linalg.svd((W if upper is None else upper @ W) @ lower, full_matrices=False)
+    seen = (W if upper is None else upper @ W) @ lower
+    # The singular vectors of the shorter side, from the smaller Gram matrix: several times faster than the whole
+    # decomposition, and seen = seen V V^H to rounding whatever their order among tiny singular values.
+    if W.shape[0] >= W.shape[1]:
+        vectors = torch.linalg.eigh(seen.mH @ seen)[1].flip(-1)
+        left, right = seen @ vectors, vectors.mH
+    else:
+        left = torch.linalg.eigh(seen @ seen.mH)[1].flip(-1)
+        right = left.mH @ seen
     left, right = _back(left, upper), torch.linalg.solve_triangular(lower, right, upper=False, left=False)
-    scale = torch.outer(values, values)
 
     def tails(S: Tensor | None, T: Tensor | None) -> Tensor:
-        # |sum_i s_i p_i q_i|^2 over i >= r is the sum over i, j >= r of s_i s_j (p_j^H T p_i) (q_i S q_j^H).
+        # |sum_i p_i q_i|^2 over i >= r is the sum over i, j >= r of (p_j^H T p_i) (q_i S q_j^H).
         inner = (right if S is None else right @ S) @ right.mH
         outer = left.mH @ (left if T is None else T @ left)
-        pairs = (scale * (outer.mT * inner).real).flip(0, 1)
+        pairs = (outer.mT * inner).real.flip(0, 1)
         sums = pairs.cumsum(0).cumsum(1).diagonal().flip(0).clamp_min(0)
         return torch.cat([sums, sums.new_zeros(1)])
 

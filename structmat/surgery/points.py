@@ -121,11 +121,13 @@ def _low_rank(
 ) -> Iterator[Option]:
     """Points of all ranks, or of those on the ladder where each would have to be measured."""
     W, (m, n) = target.weight, target.shape
+    assert isinstance(target.config, LowRankConfig)
     double = W.to(work_dtype(W))
     found = low_rank_losses(double, metric_of(moments, W), damping)
     losses, plain = (values.tolist() for values in found)
     if costs.cost == "params":
-        configs = [with_budget(target, rank * (m + n)) for rank in range(1, -(-m * n // (m + n)))]
+        sizes = (target.config.params_of(m, n, rank) for rank in range(1, min(m, n)))
+        configs = [with_budget(target, size) for size in sizes if size < m * n]
     else:
         configs = ladder(target, ratio, levels)
     for config in configs:

@@ -20,7 +20,7 @@ from typing import Any, TypeVar
 from torch import Tensor, nn
 
 from structmat.base import StructuredMatrix
-from structmat.matrices import LDR, BlockDiagonal, BlockSparse, Butterfly, LowRank, Monarch, Pixelfly
+from structmat.matrices import LDR, BlockDiagonal, BlockSparse, Butterfly, LowRank, Monarch, PivotedLowRank, Pixelfly
 from structmat.nn import BlockDiagonalLinear, LowRankLinear, MonarchLinear, StructuredLinear
 from structmat.value import from_json, to_json
 
@@ -151,6 +151,8 @@ def structure_name(value: StructuredMatrix) -> str:
         return f"monarch {k}x{l} " + (f"width {k * q}" if q % l else f"rank {q // l}")
     if isinstance(value, LowRank):
         return f"lowrank {value.rank}"
+    if isinstance(value, PivotedLowRank):
+        return f"pivoted lowrank {value.rank}"
     if isinstance(value, BlockDiagonal):
         return f"blockdiagonal {value.blocks.shape[-3]}"
     if isinstance(value, Butterfly):

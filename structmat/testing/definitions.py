@@ -28,6 +28,7 @@ from structmat.matrices import (
     Monarch,
     OrthogonalButterfly,
     Permutation,
+    PivotedLowRank,
     Pixelfly,
     Toeplitz,
     Vandermonde,
@@ -110,6 +111,16 @@ def _permutation(out: Tensor, A: Any, perm: Tensor) -> None:
 def _low_rank(out: Tensor, A: Any, left: Tensor, right: Tensor) -> None:
     for c in range(left.shape[1]):
         out += torch.outer(left[:, c], right[c])
+
+
+def _pivoted_low_rank(out: Tensor, A: Any, pivots: Tensor, rest: Tensor, perm: Tensor) -> None:
+    r = len(pivots)
+    for i, k in enumerate(perm.tolist()):
+        if k < r:
+            out[i] = pivots[k]
+        else:
+            for c in range(r):
+                out[i] += rest[k - r, c] * pivots[c]
 
 
 def _block_diagonal(out: Tensor, A: Any, blocks: Tensor) -> None:
@@ -198,6 +209,7 @@ _ENTRIES = {
     Diagonal: _diagonal,
     Permutation: _permutation,
     LowRank: _low_rank,
+    PivotedLowRank: _pivoted_low_rank,
     BlockDiagonal: _block_diagonal,
     BlockSparse: _block_sparse,
     KroneckerSparse: _kronecker_sparse,
@@ -216,6 +228,7 @@ _RANKS = {
     Diagonal: (1,),
     Permutation: (1,),
     LowRank: (2, 2),
+    PivotedLowRank: (2, 2, 1),
     BlockDiagonal: (3,),
     BlockSparse: (3, 1),
     KroneckerSparse: (4,),

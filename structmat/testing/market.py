@@ -29,6 +29,7 @@ from structmat.matrices import (
     Monarch,
     OrthogonalButterfly,
     Permutation,
+    PivotedLowRank,
     Pixelfly,
     Toeplitz,
     Vandermonde,
@@ -146,6 +147,11 @@ def _entries() -> Iterator[tuple[str, Make, bool]]:
     yield "lowrank", _random(LowRank, (7, 11), 3), False
     yield "lowrank-row", _random(LowRank, (1, 5), 1), False
     yield "lowrank-batch", _random(LowRank, (2, 3, 5, 4), 2), False
+    yield "pivotedlowrank", _random(PivotedLowRank, (7, 11), 3), False
+    yield "pivotedlowrank-tall", _random(PivotedLowRank, (11, 4), 4), False
+    yield "pivotedlowrank-whole", _random(PivotedLowRank, (3, 5), 3), False
+    yield "pivotedlowrank-one", _random(PivotedLowRank, (1, 1), 1), False
+    yield "pivotedlowrank-batch", _random(PivotedLowRank, (2, 3, 5, 4), 2), False
     yield "blockdiagonal", _random(BlockDiagonal, (6, 9), nblocks=3), False
     yield "blockdiagonal-prime", _random(BlockDiagonal, (7, 11), nblocks=3), False
     yield "blockdiagonal-square", _invertible_blocks(3, 4, 12), True

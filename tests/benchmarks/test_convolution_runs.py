@@ -78,7 +78,12 @@ def test_floors_by_hand():
     assert row["arithmetic_floor_us"] == pytest.approx(operations / 130e6, abs=0.01)
     assert row["bytes_floor_us"] == pytest.approx(4 * 768 * 4096 * (2 * 64 + 1) / 3e6, abs=0.01)
     assert row["bytes_ratio"] == pytest.approx(1000 / row["bytes_floor_us"], abs=1e-3)
-    assert conv_cases.Case("long", 4, 768, 65536).operations is None
+    blocked, whole = conv_cases.Case("long", 3, 5, 20_000), 8 * 16384 * (64 + 16 + 16)  # three blocks of 64 x 16 x 16
+    half = 8 * 16384 * (32 + 16 + 16)
+    assert blocked.operations == 5 * 3 * (2 * (half + whole) + whole)
+    gated = dataclasses.replace(blocked, direction=TRAINING, variant=conv_cases.GATES)
+    assert gated.operations == 5 * 3 * (2 * (3 * half + 3 * whole) + 3 * whole)
+    assert conv_cases.Case("long", 1, 768, 2**20).operations is None
     assert conv_cases.Case("layer", 4, 768, 512).bytes_moved is None
 
 
@@ -109,18 +114,18 @@ def test_layers_run_the_kernels_where_they_say_so(monkeypatch):
         function = getattr(module, name)
         monkeypatch.setattr(module, name, lambda *a, f=function, n=name, **k: calls.append(n) or f(*a, **k))
     monkeypatch.setattr(backend, "use_triton", lambda given, *_: (given or backend._DEFAULT) != "torch")
-    case = conv_cases.Case("layer", 2, 32, 12, "fp32")
+    case = conv_cases.Case("layer", 2, 32, 12, "fp16")
     found = {}
     for alternative in conv_layers.layers(case, CPU):
         calls.clear()
         leaves, _, function = alternative.build(0)
         with torch.no_grad():
             y = function(*leaves.values())
-        assert float(alternative.check({"y": y})["error"]) < 1e-4
+        assert float(alternative.check({"y": y})["error"]) < 1e-2
         found[alternative.name] = sorted(calls)
     assert found.pop("M2, all kernels") == ["forward", "forward_conv", "forward_conv"]
     assert list(found.values()) == [[], [], []]
-    assert (backend._DEFAULT, conv_layers.long_op.MEASURED, conv_layers.short_op.MEASURED) == ("auto", False, False)
+    assert (backend._DEFAULT, conv_layers.long_op.MEASURED, conv_layers.short_op.MEASURED) == ("auto", True, True)
 
 
 # ---------------------------------------------------------------- runs
@@ -128,7 +133,7 @@ def test_rows_of_a_run(convolutions, tmp_path, capsys):
     status, rows, facts = run(convolutions, tmp_path)
     assert status == 0
     assert facts["complete"] and facts["left_out"] == []
-    assert [r["status"] for r in rows if r["alternative"] == "ours" and r["length"] == "4097"] == [
+    assert [r["status"] for r in rows if r["alternative"] == "ours" and r["length"] == "262145"] == [
         "left out: longer than the kernels take"
     ] * 2
     assert {r["operation"] for r in rows} == {"long", "short", "layer"}

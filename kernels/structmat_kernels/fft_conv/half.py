@@ -28,9 +28,17 @@ def points_of(length: int) -> int:
 
 
 def config(batch: int, points: int) -> Config:
-    """Transforms side by side: never more than there are pairs, but two in order 2."""
-    few = 2 if RADICES[points][2] == 1 else 1
-    return {"P": max(few, min(TILES.get(points, 1), power(cdiv(batch, 2))))}
+    """Transforms side by side: never more than there are pairs, but at least :func:`fewest`."""
+    return {"P": max(fewest(points), min(TILES.get(points, 1), power(cdiv(batch, 2))))}
+
+
+def fewest(points: int) -> int:
+    """The least number of transforms in a tile: two in order 2, and as many as fill 64 columns.
+
+    Tiles of 32 columns compile, and compute something else (Triton 3.6, sm_90).
+    """
+    _, n2, n3 = RADICES[points]
+    return max(2 if n3 == 1 else 1, 64 // (n2 * n3))
 
 
 def _groups(u: Tensor, points: int, given: Config | None) -> tuple[Config, int, int]:

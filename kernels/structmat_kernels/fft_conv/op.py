@@ -11,16 +11,24 @@ from structmat_kernels import backend as _backend
 from structmat_kernels.autograd import differentiable
 from structmat_kernels.fft_conv import reference
 
-#: Whether the kernels have been measured on a GPU, and "auto" may choose them; "triton" does in any case.
-MEASURED = False
+#: Whether "auto" may choose the kernels; "triton" does in any case. Benchmarks switch it off.
+MEASURED = True
 #: The longest input of the kernels.
-LONGEST = 4096
+LONGEST = 1 << 18
 _COUNT = 6
 
 
 def _present(t: Tensor) -> Tensor | None:
     """An operand; those that are absent have shape (0,)."""
     return None if t.shape == (0,) else t
+
+
+def _kernels(u: Tensor, accurate: bool) -> Any:
+    """The launches: those that keep a sequence on the chip, or those that work block by block."""
+    from structmat_kernels.fft_conv import half, kernel, long
+
+    short = kernel.LONGEST if u.dtype == torch.float32 or accurate else half.LONGEST
+    return kernel if u.shape[-1] <= short else long
 
 
 def _reference(
@@ -34,9 +42,8 @@ def _forward(
     u: Tensor, k: Tensor, k_rev: Tensor, skip: Tensor, pre_gate: Tensor, post_gate: Tensor, accurate: bool
 ) -> Tensor:
     if _backend.runs_kernels(u) and u.shape[-1] <= LONGEST:
-        from structmat_kernels.fft_conv import kernel
-
-        return kernel.forward_conv(u, k, *map(_present, (k_rev, skip, pre_gate, post_gate)), accurate=accurate)
+        optional = map(_present, (k_rev, skip, pre_gate, post_gate))
+        return _kernels(u, accurate).forward_conv(u, k, *optional, accurate=accurate)
     return _reference(u, k, k_rev, skip, pre_gate, post_gate, accurate).contiguous()
 
 
@@ -59,10 +66,8 @@ def _backward(
 ) -> list[Tensor]:
     operands = (u, k, k_rev, skip, pre_gate, post_gate)
     if _backend.runs_kernels(u) and u.shape[-1] <= LONGEST:
-        from structmat_kernels.fft_conv import kernel
-
         rev, skipped, pre, post = map(_present, operands[2:])
-        found = kernel.backward_conv(grad, u, k, rev, skipped, pre, post, needs, accurate)
+        found = _kernels(u, accurate).backward_conv(grad, u, k, rev, skipped, pre, post, needs, accurate)
     else:
         with torch.enable_grad():
             wanted = [t.detach().requires_grad_(need) for t, need in zip(operands, needs, strict=True)]
@@ -123,7 +128,7 @@ _differentiable = differentiable(_forward, _backward, _reference, _COUNT)
 
 
 def supported(u: Tensor, *others: Tensor | None, backend: str | None = None) -> bool:
-    """Whether :func:`fft_conv` of these operands runs the kernels.
+    """Whether :func:`fft_conv` of these operands runs the kernels: "auto" takes them for half precision.
 
     Args:
         u: shape (batch, channels, length).
@@ -131,8 +136,9 @@ def supported(u: Tensor, *others: Tensor | None, backend: str | None = None) -> 
         backend: "auto", "torch" or "triton"; None is the default.
     """
     able = _backend.use_triton(backend, u)
-    if not MEASURED and backend != "triton" and _backend._DEFAULT == "auto":
-        return False
+    asked = backend == "triton" or _backend._DEFAULT != "auto"
+    if not asked and (not MEASURED or u.dtype == torch.float32):
+        return False  # of float32 torch.fft is as fast or faster
     real = all(t is None or t.dtype in _backend.DTYPES for t in others)
     return able and real and u.shape[-1] <= LONGEST
 
@@ -154,7 +160,7 @@ def fft_conv(
     x = pre_gate u. Nothing but the operands is kept for the backward pass.
 
     Args:
-        u: shape (batch, channels, length). The kernels take bfloat16, float16 and float32 of a length up to 4096.
+        u: shape (batch, channels, length). The kernels take bfloat16, float16 and float32 of a length up to 262144.
         k: shape (channels, taps), any number of taps; any real dtype, also that of u.
         k_rev: shape (channels, taps2), or None.
         skip: shape (channels,), or None.
@@ -168,7 +174,9 @@ def fft_conv(
 
     Returns:
         The shape and dtype of u. Cost: one read of the operands and one write; 16 to 32 N (N1 + N2 + N3) operations of
-        products for two sequences, N = N1 N2 N3 the power of two above twice the length.
+        products for two sequences, N = N1 N2 N3 the power of two above twice the length. Above a length of 8192 (4096
+        in float32 grade) block by block: the same for every block, whose spectra, twice as large as the input, pass
+        through memory, and 8 N operations for every block of a sequence and block of the filter that meet.
 
     Raises:
         ValueError: if the shapes or devices do not agree, or backend="triton" cannot run.
@@ -194,6 +202,6 @@ def fft_conv(
     empty = 0 in (*u.shape, k.shape[1])
     if empty or not supported(u, k, k_rev, skip, pre_gate, post_gate, backend=backend):
         return reference.fft_conv(u, k, k_rev, skip, pre_gate, post_gate)
-    nothing = u.new_empty(0)
-    optional = [nothing if t is None or 0 in t.shape else t for t in (k_rev, skip, pre_gate, post_gate)]
+    # Each of its own: torch.compile takes no tensor twice.
+    optional = [u.new_empty(0) if t is None or 0 in t.shape else t for t in (k_rev, skip, pre_gate, post_gate)]
     return _differentiable(u, k, *optional, accurate)

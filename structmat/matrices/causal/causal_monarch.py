@@ -17,6 +17,7 @@ from structmat.lazy import Inverse, Product
 from structmat.matrices.butterfly import Butterfly
 from structmat.matrices.causal.basis import SCHEMES, CausalBasis, no_autocast
 from structmat.matrices.displacement._convolution import convolve
+from structmat.matrices.displacement._kernels import convolved, kernels_take
 from structmat.matrices.displacement.causal_toeplitz import CausalToeplitz
 from structmat.matrices.monarch_p import check_radix
 from structmat.value import FactorValue
@@ -176,7 +177,8 @@ class CausalMonarch(FactorValue):
         result = cast if cast is not None and self.dtype in _CAST else u.dtype
         whole = self._to(None, torch.promote_types(self.dtype, torch.float32))
         k, u = (v.to(whole.dtype).unsqueeze(-2) for v in (k, u))
-        y = convolve(whole.kernel._apply(k), whole.input._apply(u), self.n)
+        k, u = whole.kernel._apply(k), whole.input._apply(u)
+        y = convolved(u, k.squeeze(-2), None, self.n) if kernels_take(u) else convolve(k, u, self.n)
         return whole.output._apply(y, inverse=True).squeeze(-2).to(result)
 
     def toeplitz(self, k: Tensor) -> Product:

@@ -2,7 +2,8 @@
 
 Batch dimensions broadcast. Real operands take real transforms. float16 and bfloat16 are computed in float32 and rounded
 once, at the end. Every function can be differentiated twice, mapped and compiled, and none but :func:`toeplitz` of a
-small matrix does a matrix product, so that an autocast region changes nothing in it.
+small matrix does a matrix product, so that an autocast region changes nothing in it. Products of many vectors with
+one Toeplitz matrix go through the kernels of structmat_kernels.fft_conv where these run.
 """
 
 from __future__ import annotations
@@ -12,6 +13,8 @@ import math
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from structmat.matrices.displacement._kernels import convolved, kernels_take
 
 #: A matrix of at most this many entries is multiplied out. On a CPU (AVX-512, 1 to 4096 vectors, real, forward and
 #: backward) that takes about 0.7 times as long as the transforms at 64 x 64, as long at 181 x 181, longer beyond.
@@ -141,6 +144,8 @@ def toeplitz(diagonals: Tensor, x: Tensor, nrows: int) -> Tensor:
     n = x.shape[-1]
     if nrows * n <= DENSE_ENTRIES:
         return hankel(diagonals, x.flip(-1), nrows)
+    if kernels_take(x, nrows):
+        return convolved(x, diagonals[..., n - 1 :], diagonals[..., : n - 1].flip(-1), nrows)
     return convolve(diagonals.unsqueeze(-2), x, nrows, n - 1)
 
 
@@ -152,7 +157,7 @@ def hankel(entries: Tensor, x: Tensor, nrows: int) -> Tensor:
         # gradient of unfold.)
         repeated = entries.unsqueeze(-2).expand(*entries.shape[:-1], nrows + 1, count).flatten(-2)
         return x @ repeated[..., : nrows * (count + 1)].unflatten(-1, (nrows, count + 1))[..., :n].mT
-    return convolve(entries.unsqueeze(-2), x.flip(-1), nrows, n - 1)
+    return toeplitz(entries, x.flip(-1), nrows)
 
 
 def hankel_dense(entries: Tensor, ncols: int) -> Tensor:

@@ -26,14 +26,21 @@ from structmat.matrices.displacement._convolution import (
     untransform,
     working,
 )
+from structmat.matrices.displacement._kernels import f_circulant_by_kernels, kernels_take
 
 #: Largest number of entries of a piece of a matrix that is multiplied out.
 PIECE = 2**22
+#: Up to this displacement rank r a product with shifts is 2 r convolutions by the kernels where these run. By torch.fft
+#: it takes 2 r + 2 transforms, some of them half as long: as many as r + 1 convolutions at most have.
+KERNEL_RANK = 2
 
 
 def f_circulant_sum(u: Tensor, v: Tensor, f: float | complex, add: bool) -> Tensor:
     """``Z_f(v_j) u_j`` for u (*batch, tokens, r or 1, n) and v (*batch, r, n), summed over j if ``add``."""
     n = v.shape[-1]
+    if v.shape[-2] <= KERNEL_RANK and kernels_take(u):
+        y = f_circulant_by_kernels(v, u.movedim(-2, -3), f)
+        return y.sum(-3) if add else y.movedim(-3, -2)
     size = n if f == 1 and n == good_size(n) else good_size(2 * n - 1)
     entries = v if size == n else f_circulant_diagonals(v, f)
     start = 0 if size == n else n - 1

@@ -13,12 +13,14 @@ from structmat._checks import check_inexact, check_matrix_shape, check_tensor
 from structmat.base import LINEAR_STD, StructuredMatrix, matrix, static
 from structmat.matrices._blocks import uniform_
 from structmat.matrices.displacement._convolution import (
+    DENSE_ENTRIES,
     convolve,
     hankel_dense,
     power_series_inverse,
     toeplitz,
     toeplitz_flops,
 )
+from structmat.matrices.displacement._kernels import convolved, kernels_take
 from structmat.matrices.displacement.toeplitz import Toeplitz
 from structmat.matrices.displacement.toeplitz_like import ToeplitzLike
 
@@ -76,7 +78,10 @@ class CausalToeplitz(StructuredMatrix):
         return pad(self.column.flip(-1), (0, zeros)) if self.upper else pad(self.column, (zeros, 0))
 
     def _linear(self, x: Tensor) -> Tensor:
-        return toeplitz(self._diagonals(), x, self.shape[-1])
+        n, c = self.shape[-1], self.column
+        if n * n > DENSE_ENTRIES and kernels_take(x):
+            return convolved(x, c[..., :1] if self.upper else c, c[..., 1:] if self.upper else None, n)
+        return toeplitz(self._diagonals(), x, n)
 
     @property
     def mT(self) -> CausalToeplitz:

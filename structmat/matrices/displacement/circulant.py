@@ -24,6 +24,7 @@ from structmat.matrices.displacement._convolution import (
     values_visible,
     working,
 )
+from structmat.matrices.displacement._kernels import f_circulant_by_kernels, kernels_take
 from structmat.matrices.displacement.causal_toeplitz import CausalToeplitz
 from structmat.matrices.displacement.toeplitz import Toeplitz
 from structmat.matrices.displacement.toeplitz_like import ToeplitzLike
@@ -92,6 +93,8 @@ class Circulant(StructuredMatrix):
     def _linear(self, x: Tensor) -> Tensor:
         if self._by_matrix():
             return toeplitz(self._diagonals(), x, self.shape[-1])
+        if kernels_take(x):
+            return f_circulant_by_kernels(self.column, x, self.f)
         return f_circulant(self.column.unsqueeze(-2), x, self.f)
 
     @property

@@ -52,7 +52,8 @@ class Toeplitz(StructuredMatrix):
 
     A product takes three FFTs of m + n - 1 numbers, of which that of the diagonals is shared by all vectors; a matrix
     of at most 2^15 entries is multiplied out, which is faster. Errors of a product are relative to the norms of
-    matrix and vector, not to every single output. float16 and bfloat16 transform in float32 and are rounded once.
+    matrix and vector, not to every single output. float16 and bfloat16 transform in float32 and are rounded once. Where
+    the kernels of ``structmat_kernels.fft_conv`` run they do it, with the errors stated there.
     Closed under transposes, sums and multiples; inverses are :class:`~structmat.ToeplitzLike`.
 
     ``solve`` works in double precision. From n = 512 on, with at most n / 64 right-hand sides, it tries GMRES with T.

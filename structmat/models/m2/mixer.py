@@ -115,7 +115,7 @@ class M2SequenceMixer(nn.Module):
         x1, x2, v = self.short(self._project(x, mask)).chunk(3, -2)
         y = self.long(v, _masked(x1, mask), x2)
         if self.residual is not None:
-            y = y + self.residual(x.mT)
+            y = y + self.residual(x.to(y.dtype).mT)  # in an autocast region, as the projection took it
         return self.out(y.mT)
 
     def extend(self, x: Tensor, mask: Tensor | None, state: MixerState | None) -> tuple[Tensor, MixerState]:
@@ -133,7 +133,7 @@ class M2SequenceMixer(nn.Module):
         y, after_long = _extend(self.long, v, before.long, _masked(x1, mask), x2)
         after_residual = None
         if self.residual is not None:
-            z, after_residual = _extend(self.residual, x.mT, before.residual)
+            z, after_residual = _extend(self.residual, x.to(y.dtype).mT, before.residual)
             y = y + z
         return self.out(y.mT), MixerState(after_short, after_long, after_residual)
 

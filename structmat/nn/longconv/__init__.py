@@ -3,6 +3,7 @@
 from structmat.nn.longconv.filters import ExplicitFilter, ImplicitFilter
 from structmat.nn.longconv.functional import circular_convolution, long_convolution
 from structmat.nn.longconv.module import LongConv
+from structmat.nn.longconv.relaxed import RelaxedState
 from structmat.nn.longconv.short import ShortConv, ShortConvState
 from structmat.nn.longconv.streaming import LongConvState
 
@@ -11,6 +12,7 @@ __all__ = [
     "ImplicitFilter",
     "LongConv",
     "LongConvState",
+    "RelaxedState",
     "ShortConv",
     "ShortConvState",
     "circular_convolution",

@@ -101,14 +101,14 @@ def _kernel_takes(
     skip: Tensor | None,
     pre_gate: Tensor | None,
     post_gate: Tensor | None,
-    backend: str | None,
+    backend: str | None = None,
 ) -> bool:
     """Whether one call of the kernel does it: a batch of filters, or gates of another dtype, go the other way."""
     plain = all(t is None or t.ndim == 2 for t in (k, k_rev))
     plain = plain and all(t is None or t.dtype == u.dtype for t in (pre_gate, post_gate))
     if backend == "triton" and not plain:
         raise ValueError('backend="triton" needs filters of shape (channels, taps) and gates of the dtype of u')
-    return plain and supported(u, k, k_rev, skip, pre_gate, post_gate, backend=backend)
+    return plain and supported(u, k, k_rev, skip, pre_gate, post_gate, backend=backend) and u.numel() > 0
 
 
 def circular_convolution(
@@ -144,10 +144,14 @@ def circular_convolution(
         tensor([[21., 10.,  2.]])
     """
     check_operands(u, k, None, skip, pre_gate, post_gate)
+    size = max(u.shape[-1], 1)
+    period = wrapped(k, size)
+    if _kernel_takes(u, period, None, skip, pre_gate, post_gate):
+        later = period.flip(-1)[..., : size - 1]
+        return long_convolution(u, period, later, skip, pre_gate, post_gate)
 
     def convolve(x: Tensor) -> Tensor:
-        size = max(x.shape[-1], 1)
-        kernel = wrapped(k, size).to(x.dtype)
+        kernel = period.to(x.dtype)
         return untransform(transform(x, size) * transform(kernel, size), size, x.dtype)[..., : x.shape[-1]]
 
     return gated(u, convolve, k, None, skip, pre_gate, post_gate)

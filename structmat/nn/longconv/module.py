@@ -24,6 +24,7 @@ from structmat.nn.longconv.functional import (
     wrapped,
 )
 from structmat.nn.longconv.learned import LearnedTransforms
+from structmat.nn.longconv.relaxed import RelaxedState
 from structmat.nn.longconv.streaming import LongConvState, check_inference, check_state
 
 _FILTERS: dict[str, Any] = {"implicit": ImplicitFilter, "explicit": ExplicitFilter}
@@ -185,6 +186,7 @@ class LongConv(nn.Module):
         post_gate: Tensor | None = None,
         *,
         max_length: int | None = None,
+        relaxed: bool = False,
     ) -> tuple[Tensor, LongConvState]:
         """The outputs of a first or further piece of the input, and the state behind it.
 
@@ -201,6 +203,8 @@ class LongConv(nn.Module):
             pre_gate: shape of u.
             post_gate: shape of u.
             max_length: how many inputs there will be at most, for the first piece only; ``length`` if None.
+            relaxed: for the first piece only: whether the state is a :class:`~structmat.nn.longconv.RelaxedState`,
+                whose steps cost O(log^2 taps) on average in place of O(taps).
 
         Returns:
             Outputs of u's shape and dtype, and the state.
@@ -214,14 +218,16 @@ class LongConv(nn.Module):
         check_input(u, self.channels)
         if state is None:
             taps, state = self._begin(u, pre_gate, max_length)
+            state = RelaxedState.of(state) if relaxed else state
             check_state(state, u, pre_gate)
             y = long_convolution(
                 u, taps, None, self.skip, pre_gate, post_gate, algorithm=self.algorithm, order=self.order
             )
             state.append(u, pre_gate)
             return y, state
-        if max_length is not None:
-            raise ValueError("max_length is for the first piece, where there is no state yet")
+        if max_length is not None or relaxed:
+            name = "relaxed" if max_length is None else "max_length"
+            raise ValueError(f"{name} is for the first piece, where there is no state yet")
         check_gates(u, None, pre_gate, post_gate)
         check_state(state, u, pre_gate)
         check_gates(u, self.skip)
@@ -247,7 +253,8 @@ class LongConv(nn.Module):
     ) -> tuple[Tensor, LongConvState]:
         """The output of one more input, and the state behind it: the same one, moved on in place.
 
-        Reads as many inputs and taps of every channel as there have been, at most the number of taps.
+        Reads as many inputs and taps of every channel as there have been, at most the number of taps; of a relaxed
+        state (see :meth:`prefill`) far fewer on average.
 
         Args:
             u: shape (*batch, channels).
@@ -271,11 +278,8 @@ class LongConv(nn.Module):
                 _, state = self._begin(u, pre_gate, None)
             check_state(state, u, pre_gate)
             check_gates(u, self.skip)
-            state.append(u, pre_gate)
-            inputs = state.recent(state.taps.shape[-1])
-            taps = state.taps[..., state.taps.shape[-1] - inputs.shape[-1] :]
-            # No matrix product, which would be rounded to TF32 where such products may be.
-            y = gated(u, lambda x: (inputs * taps).sum(-1, keepdim=True), taps, None, self.skip, pre_gate, post_gate)
+            sums = state.step(u, pre_gate)
+            y = gated(u, lambda _: sums, state.taps, None, self.skip, pre_gate, post_gate)
         return y.squeeze(-1), state
 
     def _begin(self, u: Tensor, pre_gate: Tensor | None, max_length: int | None) -> tuple[Tensor, LongConvState]:

@@ -95,6 +95,17 @@ class LongConvState:
         self.end += x.shape[-1]
         self.position += count
 
+    def step(self, u: Tensor, gate: Tensor | None = None) -> Tensor:
+        """Go on by one input, shape (*batch, channels, 1), times a gate: what the taps make of all inputs so far."""
+        self.append(u, gate)
+        return self._last(self.taps.shape[-1])
+
+    def _last(self, count: int) -> Tensor:
+        """The last output's share of the last inputs, as many as there are up to ``count``."""
+        inputs = self.recent(count)
+        # No matrix product, which would be rounded to TF32 where such products may be.
+        return (inputs * self.taps[..., self.taps.shape[-1] - inputs.shape[-1] :]).sum(-1, keepdim=True)
+
     def _make_room(self, x: Tensor) -> None:
         old = self.recent(self.taps.shape[-1] - x.shape[-1])  # with x all that taps can meet
         kept = old.shape[-1]
