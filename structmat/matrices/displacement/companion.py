@@ -57,7 +57,8 @@ class Companion(StructuredMatrix):
     def _linear(self, x: Tensor) -> Tensor:
         c = self.coefficients.unsqueeze(-2)
         if self.transposed:
-            last = -(c * x).sum(-1, keepdim=True)
+            products = c * x
+            last = -products.sum(-1, keepdim=True).to(products.dtype)  # CUDA's autocast sums into float32
             batch = torch.broadcast_shapes(last.shape[:-1], x.shape[:-1])
             return torch.cat([x[..., 1:].expand(*batch, -1), last], -1)
         return torch.nn.functional.pad(x[..., :-1], (1, 0)) - c * x[..., -1:]
