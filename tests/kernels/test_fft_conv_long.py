@@ -100,6 +100,34 @@ def test_values_and_gradients_on_poisoned_memory(sizes, dtype, gates, poisoned):
                 assert (g == 0).all()
 
 
+@pytest.mark.parametrize("way", ["together", "sums", "carry"])
+@pytest.mark.parametrize("sizes", [(3, 2, 700, 0, (1, 5)), (2, 1, 17, 0, (3, -7)), (5, 1, 1.0, 0, (3, 0))], ids=str)
+def test_ways_to_add_spectra(way, sizes):
+    """With gates and without; the transpose too, where sums have a pass of their own."""
+    config, block = shrunk(torch.float16)
+    for given in (sized(sizes, torch.float16, block), [*sized(sizes, torch.float16, block)[:4], None, None]):
+        c = config | {"way": way}
+        wide = doubled(given)
+        wanted = reference(*wide)
+        assert relative_error(long.forward_conv(*given, config=c), wanted) < BOUND[torch.float16]
+        direction = torch.ones_like(given[0])
+        found = long.backward_conv(direction, *given, [i == 0 for i in range(6)], config=c)[0]
+        (exact,) = torch.autograd.grad(wanted, [wide[0]], direction.double())
+        assert relative_error(found, exact) < 3 * BOUND[torch.float16]
+
+
+@pytest.mark.parametrize(("behind", "pairs", "blocks", "wanted"), [
+    (0, 2, 2, "carry"), (0, 1, 2, "together"), (9, 2, 2, "together"), (0, 2, 3, "sums"), (9, 2, 1, "together"),
+])  # fmt: skip
+def test_which_way_is_taken(behind, pairs, blocks, wanted, monkeypatch):
+    monkeypatch.setattr(long, "processors", lambda device: 2)
+    config, block = shrunk(torch.float16)
+    u, k, k_rev, *_ = operands(1, pairs, blocks * block, blocks * block, behind, torch.float16)
+    plan = long._plan(u, k, k_rev, False, config)
+    both = behind > 0 and blocks > 1
+    assert (plan.way, plan.lowest, plan.count) == (wanted, -both, blocks + both)
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_the_operation_above_the_border(dtype, device, small):
     length = 8193 if device == "cuda" else 513 if dtype != torch.float32 else 129
@@ -174,9 +202,11 @@ def test_many_sequences_of_one_channel(monkeypatch):
         assert relative_error(found, wanted) < 5e-6
 
 
-def test_scales_of_neighbours_and_of_blocks():
+@pytest.mark.parametrize("way", ["together", "sums", "carry"])
+def test_scales_of_neighbours_and_of_blocks(way):
     """Sequences of very different sizes keep their own accuracy; zeros stay zeros, blocks of them are nearly that."""
     config, block = shrunk(torch.float16)
+    config["way"] = way
     u, k, *_ = operands(6, 1, 2 * block, 200, 0, torch.float32)
     u = (u * torch.tensor([1e-3, 1e3, 0.0, 1.0, 1e-2, 1e2])[:, None, None]).half()
     u[3, :, :block] = 0
@@ -188,9 +218,11 @@ def test_scales_of_neighbours_and_of_blocks():
         assert y[3, :, :block].double().norm() < 1e-4 * y[3].double().norm()
 
 
-def test_a_constant_and_a_filter_that_removes_it():
+@pytest.mark.parametrize("way", ["together", "sums", "carry"])
+def test_a_constant_and_a_filter_that_removes_it(way):
     """Spectra of which one entry is far larger than the others, and the other one zero there."""
     config, block = shrunk(torch.float16)
+    config["way"] = way
     u = torch.randn(2, 1, 2 * block, generator=torch.Generator().manual_seed(0)).add(30).half()
     k = torch.tensor([[1.0, -1.0]])
     wanted = reference(u.double(), k.double())

@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 from structmat_kernels.backend import INTERPRETED, launching
-from structmat_kernels.fft_conv import chain, long_programs, long_wide, transforms
+from structmat_kernels.fft_conv import chain, long_carry, long_programs, long_wide, transforms
 from structmat_kernels.fft_conv.half import packed, rows
 from structmat_kernels.launches import launch, processors
-from structmat_kernels.sizes import cdiv
+from structmat_kernels.sizes import cdiv, power
 from structmat_kernels.tuning import Config
 
 #: The longest input: the work on spectra grows with the square of the number of blocks.
@@ -23,10 +23,16 @@ LONGEST = 1 << 18
 RADICES = {True: chain.RADICES[16384], False: transforms.RADICES[8192]}
 #: Bytes that the spectra of the input take at most, unless those of a channel take more.
 CHUNK = 1 << 29
+#: Blocks from which on spectra are added in a pass of its own, in half precision.
+SUMS = 3
+#: Frequencies and bytes of L1 that a program of that pass has at most.
+SLICE, L1 = 1024, 1 << 16
 #: Entries that a program looks at together to find the largest.
 TILE = 4096
 
 Optional = Tensor | None
+#: Spectra, the scales of what they are of, and the largest entries of each.
+Spectra = tuple[Tensor, Tensor, Tensor]
 
 
 @dataclass(frozen=True)
@@ -46,6 +52,7 @@ class _Plan:
     count: int
     step: int  # channels that are computed together
     half: bool
+    way: str  # "carry", "sums", or "together": sums in the program of the inverse
 
 
 def _plan(u: Tensor, k: Tensor, k_rev: Optional, accurate: bool, given: Config | None) -> _Plan:
@@ -68,8 +75,18 @@ def _plan(u: Tensor, k: Tensor, k_rev: Optional, accurate: bool, given: Config |
         constants |= {"PRECISION": "ieee" if INTERPRETED else "tf32x3", "num_warps": max(4, points // 512)}
     size = cdiv(batch, 2) * blocks * points * (4 if half else 8)
     step = cdiv(channels, cdiv(channels, max(1, (given or {}).get("chunk", CHUNK) // size)))
-    sizes = channels, points, blocks, taps, behind, lowest, highest - lowest + 1, step, half
-    return _Plan(programs, constants, table, dtype, *sizes)
+    count = highest - lowest + 1
+    way = (given or {}).get("way", _way(cdiv(batch, 2) * channels, blocks, lowest, count, u) if half else "together")
+    return _Plan(
+        programs, constants, table, dtype, channels, points, blocks, taps, behind, lowest, count, step, half, way
+    )
+
+
+def _way(pairs: int, blocks: int, lowest: int, count: int, u: Tensor) -> str:
+    """How sums over windows are made in half precision."""
+    if lowest == 0 and count == 2 and pairs >= processors(u.device):  # programs of a whole sequence keep all busy
+        return "carry"
+    return "sums" if min(blocks, count) >= SUMS else "together"
 
 
 def _largest(u: Tensor, gate: Optional) -> Tensor:
@@ -82,22 +99,23 @@ def _largest(u: Tensor, gate: Optional) -> Tensor:
     return up
 
 
-def _transform(plan: _Plan, u: Tensor, gate: Optional, apart: bool) -> tuple[Tensor, Tensor]:
-    """The spectra of all blocks of a gated input, (channels, pairs, blocks, 2, points), and its scales."""
+def _transform(plan: _Plan, u: Tensor, gate: Optional, apart: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """The spectra of all blocks of a gated input, (channels, pairs, blocks, 2, points), its scales, their largest."""
     batch, channels, length = u.shape
     up = _largest(u, gate) if plan.half else u
     pairs = cdiv(batch, 2)
     spectra = torch.empty((channels, pairs, plan.blocks, 2, plan.points), dtype=plan.dtype, device=u.device)
+    most = torch.empty((channels, pairs, plan.blocks), dtype=torch.float32, device=u.device)
     (u, su), (gates, sg) = rows(u, u), rows(gate, u)
     constants = plan.constants | {"GATE": gate is not None, "APART": apart}
     scalars = (batch, channels, length, plan.blocks, *su, *sg)
-    tensors = (u, gates, up, plan.table, spectra)
+    tensors = (u, gates, up, plan.table, spectra, most)
     launch(plan.programs.transform, (channels * pairs * plan.blocks,), tensors, scalars, **constants)
-    return spectra, up
+    return spectra, up, most
 
 
-def _windows(plan: _Plan, k: Tensor, k_rev: Optional, skip: Optional) -> tuple[Tensor, Tensor]:
-    """The spectra of the filters' windows, (channels, count, 2, points), and the filters' scales, (channels,)."""
+def _windows(plan: _Plan, k: Tensor, k_rev: Optional, skip: Optional) -> tuple[Tensor, Tensor, Tensor]:
+    """The spectra of the filters' windows, (channels, count, 2, points), the filters' scales, the spectra's largest."""
     channels = k.shape[0]
     k = packed(k, plan.taps, k)
     rev, up = packed(k_rev, plan.behind, k), k
@@ -109,29 +127,63 @@ def _windows(plan: _Plan, k: Tensor, k_rev: Optional, skip: Optional) -> tuple[T
         if skip is not None:
             up = torch.maximum(up, _largest(skipped[None, :, None], None))
     spectra = torch.empty((channels, plan.count, 2, plan.points), dtype=plan.dtype, device=k.device)
+    most = torch.empty((channels, plan.count), dtype=torch.float32, device=k.device)
     constants = plan.constants | {"REV": plan.behind > 0, "SKIP": skip is not None}
     scalars = (plan.taps, plan.behind, plan.lowest, plan.count)
-    tensors = (k, rev, skipped, up, plan.table, spectra)
+    tensors = (k, rev, skipped, up, plan.table, spectra, most)
     launch(plan.programs.windows, (channels * plan.count,), tensors, scalars, **constants)
-    return spectra, up
+    return spectra, up, most
+
+
+def _carry(plan: _Plan, u: Tensor, gate: Optional, filters: Spectra, y: Tensor, post: Optional) -> None:
+    """Write ``post * (K (gate u))`` to y for a filter of two windows."""
+    batch, channels, length = u.shape
+    (u, su), (gates, sg), (last, sq) = rows(u, u), rows(gate, u), rows(post, u)
+    constants = plan.constants | {"GATE": gate is not None, "POST": post is not None}
+    scalars = (batch, channels, length, plan.blocks, *su, *sg, *sq, y.stride(0), y.stride(1))
+    programs = min(channels * cdiv(batch, 2), processors(u.device))  # registers have room for one on a processor
+    scratch = torch.empty((programs, 2, 2, plan.points), dtype=plan.dtype, device=u.device)
+    tensors = (u, gates, *filters, last, scratch, plan.table, y)
+    launch(long_carry.carry, (programs,), tensors, scalars, **constants)
+
+
+def _sums(plan: _Plan, spectra: Tensor, most: Tensor, filters: Spectra, transpose: bool) -> tuple[Tensor, Tensor]:
+    """Sums of spectra times windows, in the shape of the spectra, and the scales of pairs."""
+    channels, pairs = spectra.shape[:2]
+    total = torch.empty_like(spectra)
+    scales = torch.empty((channels, pairs), dtype=torch.float32, device=spectra.device)
+    width = min(SLICE, plan.points, L1 // (4 * power(plan.blocks + plan.count)))
+    slices = plan.points // width
+    constants = {"M": plan.points, "W": width, "BLOCKS": power(plan.blocks), "COUNT": power(plan.count)}
+    constants |= {"TRANSPOSE": transpose, "num_warps": max(1, width // 256)}
+    # A product of two complex numbers is at most twice one of their largest parts, and these twice their scales.
+    scalars = (plan.blocks, plan.lowest, plan.count, pairs, slices, 2.0**15 / (8 * power(plan.count)))
+    launch(
+        long_programs.sums, (channels * pairs * slices,), (spectra, filters[0], most, filters[2], total, scales),
+        scalars, **constants,
+    )  # fmt: skip
+    return total, scales
 
 
 def _combine(
-    plan: _Plan, spectra: tuple[Tensor, Tensor], filters: tuple[Tensor, Tensor], y: Tensor, post: Optional = None,
+    plan: _Plan, spectra: Spectra, filters: Spectra, y: Tensor, post: Optional = None,
     z: Optional = None, other: Optional = None, apart: bool = True, transpose: bool = False,
 ) -> None:  # fmt: skip
     """Write ``post * (K x)``, K or its transpose, to y, and the same with ``other`` in place of ``post`` to z."""
     batch, channels, length = y.shape
+    x, scales = spectra[0], spectra[1]
+    if plan.way == "sums":
+        x, scales = _sums(plan, x, spectra[2], filters, transpose)
     (last, sq), (third, so) = rows(post, y), rows(other, y)
     constants = plan.constants | {"POST": post is not None, "OTHER": other is not None}
-    constants |= {"APART": apart, "TRANSPOSE": transpose}
+    constants |= {"APART": apart, "TRANSPOSE": transpose, "SUMMED": plan.way == "sums"}
     scalars = (batch, channels, length, plan.blocks, plan.lowest, plan.count, *sq, *so, y.stride(0), y.stride(1))
-    tensors = (spectra[0], filters[0], spectra[1], filters[1], last, third, plan.table, y, y if z is None else z)
+    tensors = (x, filters[0], spectra[1], filters[1], scales, last, third, plan.table, y, y if z is None else z)
     grid = (channels * cdiv(batch, 2) * plan.blocks,)
     launch(plan.programs.combine, grid, tensors, scalars, **constants)
 
 
-def _correlate(plan: _Plan, w: tuple[Tensor, Tensor], x: tuple[Tensor, Tensor], batch: int) -> Tensor:
+def _correlate(plan: _Plan, w: Spectra, x: Spectra, batch: int) -> Tensor:
     """The gradient of the filter, float32: of blocks lowest - 1, ..., lowest + count - 1 one after the other."""
     channels, pairs, block = w[0].shape[0], w[0].shape[1], plan.points // 2
     programs = channels * plan.count
@@ -159,7 +211,8 @@ def forward_conv(
 ) -> Tensor:  # fmt: skip
     """y of shape (batch, channels, length) for real operands as those of the reference.
 
-    ``config``: "radices" of the transforms and "chunk" in bytes, where they are not RADICES and CHUNK.
+    ``config``: "radices" of the transforms and "chunk" in bytes, where they are not RADICES and CHUNK, and the "way" of
+    the plan.
     """
     y = torch.empty(u.shape, dtype=u.dtype, device=u.device)
     if u.numel() == 0:
@@ -168,7 +221,10 @@ def forward_conv(
     with launching(u):
         for x, taps, behind, point, pre, post, out in _parts(plan, u, k, k_rev, skip, pre_gate, post_gate, y):
             filters = _windows(plan, taps, behind, point)
-            _combine(plan, _transform(plan, x, pre, True), filters, out, post)
+            if plan.way == "carry":
+                _carry(plan, x, pre, filters, out, post)
+            else:
+                _combine(plan, _transform(plan, x, pre, True), filters, out, post)
     return y
 
 
