@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import matplotlib
-from harness import ldr_page, m2_page, training_page
+from harness import conv_page, ldr_page, m2_page, training_page
 from harness.cases.linear import FOUR, SQRT
 from harness.page import page, runs
 from harness.problem import FORWARD, TRAINING
@@ -222,7 +222,7 @@ def main() -> None:
         target = ROOT / "docs" / "benchmarks.md"
         target.write_text(page(args.results), encoding="utf-8")
         print(target)
-        for module in (training_page, ldr_page, m2_page):
+        for module in (training_page, ldr_page, m2_page, conv_page):
             if text := module.page(args.results):
                 target = ROOT / "docs" / module.NAME
                 target.write_text(text, encoding="utf-8")

@@ -112,12 +112,20 @@ def cases(smoke: bool = False) -> list[Case]:
         return [*found, *(Case("layer", 3, 64, 24, "bf16", d) for d in both)]
     found = [Case("long", 64, 768, n, "bf16", d) for d in both for n in (4096, 1024)]
     found += [Case("short", 64, 2304, n, "bf16", d, v) for d in both for v in ("", CHANNELS_LAST) for n in (512, 4096)]
-    found += [Case("layer", TOKENS // n, 768, n, "bf16", d) for d in both for n in (4096, 512, 2048, 1024)]
+    found += [Case("layer", TOKENS // n, 768, n, "bf16", d) for d in both for n in (4096, 512, 2048, 1024, 8192, 32768)]
     sizes = [(64, 768, 256), (64, 768, 512), (64, 768, 1000), (8, 768, 1024), (1, 768, 4096)]
     found += [Case("long", *size, "bf16", d) for d in both for size in sizes]
     found += [Case("long", 64, 768, n, "bf16", d, GATES) for d in both for n in (1024, 4096)]
     found += [Case("long", 64, 768, n, "fp32", d) for d in both for n in (1024, 4096)]
-    return [*found, *(Case("long", *size, "bf16", d) for d in both for size in ((16, 768, 16384), (4, 768, 65536)))]
+    longer = ((16, 768, 16384), (4, 768, 65536), (8, 768, 32768))
+    found += [Case("long", *size, "bf16", d) for d in both for size in longer]
+    # The least and the largest number of sequences, and lengths beyond what a page of memory or the kernels take.
+    others = ((1, 64, 4096), (128, 768, 512), (1, 768, 262144), (1, 64, 1048576))
+    return [
+        *found,
+        *(Case("long", *size, "bf16") for size in others),
+        Case("long", 16, 768, 16384, "bf16", variant=GATES),
+    ]
 
 
 SMOKE = [((3, 2, 16), "bf16"), ((2, 3, 37), "fp32"), ((1, 1, LONGEST + 1), "bf16")]

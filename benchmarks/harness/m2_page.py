@@ -14,9 +14,9 @@ Row = dict[str, Any]
 NAME = "m2_results.md"
 START = """# M2 against attention: measured
 
-What models without attention learn and cost beside transformers of as many parameters. The convolutions are those of
-`torch.fft`; kernels of their own are to come. This page is made by `python benchmarks/plots.py --docs` from the files
-in `benchmarks/results/`; `benchmarks/README.md` says how to make those."""
+What models without attention learn and cost beside transformers of as many parameters. The long convolutions run the
+kernels of [their own page](convolution_results.md). This page is made by `python benchmarks/plots.py --docs` from the
+files in `benchmarks/results/`; `benchmarks/README.md` says how to make those."""
 
 
 def page(results: Path) -> str | None:

@@ -4,6 +4,7 @@ import csv
 import dataclasses
 import json
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,11 +12,13 @@ import torch
 pytest.importorskip("triton")
 pytest.importorskip("transformers")
 
-from harness import conv_cases, conv_layers, conv_measure, pool
+from harness import conv_cases, conv_layers, conv_measure, conv_page, pool
 from harness.device import Roofs
 from harness.problem import FORWARD, TRAINING
 
 CPU = torch.device("cpu")
+ROOT = Path(__file__).resolve().parents[2]
+RESULTS = ROOT / "benchmarks" / "results"
 ROOFS = Roofs(3000.0, {"fp16": 780.0, "tf32": 390.0}, 50 * 2**20)
 
 
@@ -38,6 +41,13 @@ def test_every_case_has_a_key_of_its_own():
     for smoke in (False, True):
         keys = [c.key for c in conv_cases.cases(smoke)]
         assert len(set(keys)) == len(keys)
+
+
+def test_the_page_is_made_from_the_committed_results():
+    text, path = conv_page.page(RESULTS), ROOT / "docs" / conv_page.NAME
+    hint = "run python benchmarks/plots.py --docs"
+    assert (path.read_text(encoding="utf-8") if path.exists() else None) == text, hint
+    assert conv_page.page(RESULTS / "none") is None
 
 
 # ---------------------------------------------------------------- cases

@@ -38,7 +38,9 @@ def long_convolution(
 
     Three FFTs, of the filters, x and y, of a size of at least length + taps - 1 with no prime factor above 7; filters
     longer than the input are cut before, shorter ones cost no more than they have taps. float16 and bfloat16 are
-    computed in float32 and rounded once, at the end, also inside an autocast region, which changes nothing. Errors are
+    computed in float32 and rounded once, at the end, also inside an autocast region, which changes nothing; where the
+    kernels of a CUDA device take them, in float16 with a scale for each sequence, whose error is below that rounding of
+    bfloat16. Errors are
     relative to the norms of filter and input, not to every single output; so a change of u[t] moves outputs before t
     by rounding. Can be differentiated twice, mapped, compiled (again for other FFT sizes) and exported, with a dynamic
     length too (an FFT of twice the length then).
