@@ -80,7 +80,7 @@ def test_matrices_and_twiddles_make_a_transform(points):
     """Stage by stage in NumPy's way of thinking: the tables, in the order in which the kernels read them."""
     n1, n2, n3 = transforms.RADICES[points]
     assert n1 * n2 * n3 == points
-    table = transforms.tables(points, torch.device("cpu"), False).double()
+    table = transforms.tables(points, torch.device("cpu")).double()
     sizes = [4 * n * n for n in (n1, n2, n3)] * 2 + [2 * points, 2 * points, 2 * n2 * n3, 2 * n2 * n3]
     f1, f2, f3, i1, i2, i3, first, _, second, _ = table.split(sizes)
     x = torch.randn(points, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(0))

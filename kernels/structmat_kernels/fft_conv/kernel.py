@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import torch
-import triton.language as tl
 from torch import Tensor
 
 from structmat_kernels.backend import INTERPRETED, launching
@@ -44,11 +43,11 @@ def _plan(
     steps = cdiv(groups, parts)
     parts = cdiv(groups, steps)
     n1, n2, n3 = RADICES[points]
-    constants = {"N1": n1, "N2": n2, "N3": n3, "REV": k_rev is not None, "SCALED": False, "PACKED": False}
-    constants |= {"OP": tl.float32, "PRECISION": "ieee" if INTERPRETED else "tf32x3"}
+    constants = {"N1": n1, "N2": n2, "N3": n3, "REV": k_rev is not None}
+    constants |= {"PRECISION": "ieee" if INTERPRETED else "tf32x3"}
     behind = 0 if k_rev is None else min(k_rev.shape[1], length - 1)
     sizes = (batch, channels, length, min(k.shape[1], length), behind, steps)
-    return (parts * channels,), parts, points, sizes, constants | c, tables(points, u.device, False)
+    return (parts * channels,), parts, points, sizes, constants | c, tables(points, u.device)
 
 
 def forward_conv(

@@ -71,7 +71,7 @@ def _plan(u: Tensor, k: Tensor, k_rev: Optional, accurate: bool, given: Config |
         programs, dtype, table = long_programs, torch.float16, chain.tables(radices, u.device)
         constants |= {"ASM": not INTERPRETED, "num_warps": n1 // 8}
     else:
-        programs, dtype, table = long_wide, torch.float32, transforms.tables(points, u.device, False)
+        programs, dtype, table = long_wide, torch.float32, transforms.tables(points, u.device)
         constants |= {"PRECISION": "ieee" if INTERPRETED else "tf32x3", "num_warps": max(4, points // 512)}
     size = cdiv(batch, 2) * blocks * points * (4 if half else 8)
     step = cdiv(channels, cdiv(channels, max(1, (given or {}).get("chunk", CHUNK) // size)))

@@ -48,7 +48,7 @@ def transform(
         vr, vi = _two(gate_ptr, b, h, t, live, live2, gate_b, gate_h)
         xr *= vr
         xi *= vi
-    ar, ai = forward(pairs(xr, xi, tl.float32), table, False, 1, N1, N2, N3, tl.float32, PRECISION, False)
+    ar, ai = forward(pairs(xr, xi), table, False, 1, N1, N2, N3, PRECISION)
     _put_spectrum(to_ptr + tl.program_id(0).to(tl.int64) * (2 * M), ar, ai, M, W)
 
 
@@ -70,8 +70,8 @@ def windows(
         k += tl.load(rev_ptr + h * behind - 1 - t, mask=(t < 0) & (t >= -behind), other=0.0).to(tl.float32)
     if SKIP:
         k += tl.where(t == 0, tl.load(skip_ptr + h).to(tl.float32), 0.0)
-    x = pairs(k, tl.zeros_like(k), tl.float32)
-    ar, ai = forward(x, table, True, 1, N1, N2, N3, tl.float32, PRECISION, False)
+    x = pairs(k, tl.zeros_like(k))
+    ar, ai = forward(x, table, True, 1, N1, N2, N3, PRECISION)
     _put_spectrum(to_ptr + tl.program_id(0).to(tl.int64) * (2 * M), ar, ai, M, W)
 
 
@@ -106,7 +106,7 @@ def combine(
             gi = -gi
         ar += xr * gr - xi * gi
         ai += xr * gi + xi * gr
-    yr, yi = inverse(ar, ai, table, False, 1, N1, N2, N3, tl.float32, PRECISION, False)
+    yr, yi = inverse(ar, ai, table, False, 1, N1, N2, N3, PRECISION)
     t = block * (M // 2) + tl.arange(0, R)[:, None] + tl.arange(0, N1 // 2)[None, :] * R
     live = t < length
     live2 = live & (b + 1 < batch)
@@ -144,6 +144,6 @@ def correlate(
             xr, xi = _spectrum(x_ptr + (at - m) * (2 * M), M, W)
             ar += xr * wr + xi * wi
             ai += xr * wi - xi * wr
-    gr, _ = inverse(ar, ai, table, True, 1, N1, N2, N3, tl.float32, PRECISION, False)
+    gr, _ = inverse(ar, ai, table, True, 1, N1, N2, N3, PRECISION)
     t = tl.arange(0, R)[:, None] + tl.arange(0, N1)[None, :] * R
     tl.store(gk_ptr + tl.program_id(0).to(tl.int64) * M + t, gr)

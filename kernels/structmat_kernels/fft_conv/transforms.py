@@ -1,14 +1,11 @@
-"""The DFT of a tile as products with small matrices and twiddles: what the convolution kernels are made of.
+"""The DFT of a tile as products with small matrices and twiddles, in float32 grade.
 
 M = N1 N2 N3 points (N3 = 1 in order 2), t = (t1 N2 + t2) N3 + t3 and f = k1 + N1 (k2 + N2 k3). A tile holds P
 transforms side by side, first with rows (p, t2, t3) and columns t1, at the end with rows (p, k1, k2) and columns k3
 (order 2: rows (p, k1), columns k2). Frequencies stay in that order: the inverse takes them as they come.
 
 Between the products a complex number is two neighbouring entries, and a DFT of N points a real product with 2N x 2N
-entries: the two lie in one register before, on the way and after, and what a transposition moves are 32 bits.
-
-In float16 products take operands scaled to at most about the number of points, and accumulate in float32; float32 goes
-through three products of TF32 parts.
+entries. Products of float32 numbers are three of TF32 parts.
 
 Source: Cooley and Tukey 1965; as products with matrices, Li et al. 2021, "tcFFT"; Fu et al. 2023, "FlashFFTConv".
 """
@@ -50,7 +47,7 @@ def _matrix(n: int, inverse: bool) -> Tensor:
 
 
 @functools.cache
-def tables(points: int, device: torch.device, half: bool) -> Tensor:
+def tables(points: int, device: torch.device) -> Tensor:
     """All constants of a size one after the other: the matrices of N1, N2, N3, those of their inverses, the twiddles.
 
     T1 = exp(-2 pi i k1 (t2 N3 + t3) / M) as [(k1, t3), t2] and as [(t2, t3), k1], T2 = exp(-2 pi i k2 t3 / (N2 N3)) as
@@ -63,26 +60,7 @@ def tables(points: int, device: torch.device, half: bool) -> Tensor:
     first, second = _turns(n2 * n3, n1, points), _turns(n3, n2, n2 * n3)
     turns = (first.view(n2, n3, n1).permute(2, 1, 0), first, second.mT, second)
     parts += [torch.view_as_real(t.contiguous()) for t in turns]
-    return torch.cat([p.flatten() for p in parts]).to(device, torch.float16 if half else torch.float32)
-
-
-def _complex_product(minus: str) -> tl.constexpr:
-    """PTX of x w, or of x conj(w): two float16 numbers in a register each; ``minus`` is the sign bit of i x to flip."""
-    return tl.constexpr(f"""{{
-        .reg .b16 wr, wi, xr, xi;
-        .reg .b32 a, b, s;
-        mov.b32 {{wr, wi}}, $2;
-        mov.b32 {{xr, xi}}, $1;
-        mov.b32 a, {{wr, wr}};
-        mov.b32 b, {{wi, wi}};
-        mov.b32 s, {{xi, xr}};
-        xor.b32 s, s, {minus};
-        mul.rn.f16x2 s, s, b;
-        fma.rn.f16x2 $0, $1, a, s;
-    }}""")
-
-
-_TIMES, _TIMES_CONJUGATE = _complex_product("0x00008000"), _complex_product("0x80000000")
+    return torch.cat([p.flatten() for p in parts]).to(device, torch.float32)
 
 
 @triton.jit
@@ -94,39 +72,27 @@ def _stage(x, matrix, IN: tl.constexpr, OUT: tl.constexpr, N: tl.constexpr, PREC
 
 
 @triton.jit
-def _turned(
-    x, twiddles, ROWS: tl.constexpr, N: tl.constexpr, CONJUGATE: tl.constexpr, OP: tl.constexpr, PACKED: tl.constexpr
-):
-    """Rows of N pairs times the entries of a table of ROWS x N, again and again.
-
-    After a transposition, not before: what is transposed then has 16 bits a part. PACKED: in float16, both parts by one
-    instruction; otherwise in float32.
-    """
+def _turned(x, twiddles, ROWS: tl.constexpr, N: tl.constexpr, CONJUGATE: tl.constexpr):
+    """Rows of N pairs times the entries of a table of ROWS x N, again and again."""
     row = tl.arange(0, x.shape[0]) % ROWS
-    if PACKED:
-        w = tl.load(twiddles + row[:, None] * (2 * N) + tl.arange(0, 2 * N)[None, :])
-        return tl.inline_asm_elementwise(
-            _TIMES_CONJUGATE if CONJUGATE else _TIMES, "=r,r,r", [x, w], dtype=tl.float16, is_pure=True, pack=2
-        )
-    ar, ai = tl.split(tl.reshape(x, (x.shape[0], N, 2)).to(tl.float32))
+    ar, ai = tl.split(tl.reshape(x, (x.shape[0], N, 2)))
     at = (row[:, None] * N + tl.arange(0, N)[None, :])[:, :, None] * 2 + tl.arange(0, 2)[None, None, :]
-    tr, ti = tl.split(tl.load(twiddles + at).to(tl.float32))
+    tr, ti = tl.split(tl.load(twiddles + at))
     if CONJUGATE:
-        return pairs(ar * tr + ai * ti, ai * tr - ar * ti, OP)
-    return pairs(ar * tr - ai * ti, ar * ti + ai * tr, OP)
+        ti = -ti
+    return pairs(ar * tr - ai * ti, ar * ti + ai * tr)
 
 
 @triton.jit
-def pairs(ar, ai, OP: tl.constexpr):
+def pairs(ar, ai):
     """Rows of pairs of both parts, (R, N) each to (R, 2 N)."""
-    return tl.reshape(tl.join(ar.to(OP), ai.to(OP)), (ar.shape[0], 2 * ar.shape[1]))
+    return tl.reshape(tl.join(ar, ai), (ar.shape[0], 2 * ar.shape[1]))
 
 
 @triton.jit
 def forward(
     x, table, FULL: tl.constexpr,
-    P: tl.constexpr, N1: tl.constexpr, N2: tl.constexpr, N3: tl.constexpr, OP: tl.constexpr, PRECISION: tl.constexpr,
-    PACKED: tl.constexpr,
+    P: tl.constexpr, N1: tl.constexpr, N2: tl.constexpr, N3: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """The DFT of pairs (P N2 N3, 2 N1), or of the first half of their columns: both parts, float32.
 
@@ -138,12 +104,12 @@ def forward(
     M2: tl.constexpr = 4 * N2 * N2
     TWIDDLES: tl.constexpr = 2 * (M1 + M2 + 4 * N3 * N3)
     ar, ai = _stage(x, table, IN, N1, N1, PRECISION)
-    x = tl.permute(tl.reshape(pairs(ar, ai, OP), (P, N2, N3, N1, 2)), (0, 3, 2, 1, 4))
-    x = _turned(tl.reshape(x, (P * N1 * N3, 2 * N2)), table + TWIDDLES, N1 * N3, N2, False, OP, PACKED)
+    x = tl.permute(tl.reshape(pairs(ar, ai), (P, N2, N3, N1, 2)), (0, 3, 2, 1, 4))
+    x = _turned(tl.reshape(x, (P * N1 * N3, 2 * N2)), table + TWIDDLES, N1 * N3, N2, False)
     ar, ai = _stage(x, table + M1, N2, N2, N2, PRECISION)
     if N3 > 1:
-        x = tl.permute(tl.reshape(pairs(ar, ai, OP), (P * N1, N3, N2, 2)), (0, 2, 1, 3))
-        x = _turned(tl.reshape(x, (P * N1 * N2, 2 * N3)), table + TWIDDLES + 4 * M, N2, N3, False, OP, PACKED)
+        x = tl.permute(tl.reshape(pairs(ar, ai), (P * N1, N3, N2, 2)), (0, 2, 1, 3))
+        x = _turned(tl.reshape(x, (P * N1 * N2, 2 * N3)), table + TWIDDLES + 4 * M, N2, N3, False)
         ar, ai = _stage(x, table + M1 + M2, N3, N3, N3, PRECISION)
     return ar, ai
 
@@ -151,8 +117,7 @@ def forward(
 @triton.jit
 def inverse(
     ar, ai, table, FULL: tl.constexpr,
-    P: tl.constexpr, N1: tl.constexpr, N2: tl.constexpr, N3: tl.constexpr, OP: tl.constexpr, PRECISION: tl.constexpr,
-    PACKED: tl.constexpr,
+    P: tl.constexpr, N1: tl.constexpr, N2: tl.constexpr, N3: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """The inverse DFT of what :func:`forward` gives, or only the first half of its columns t1."""
     R: tl.constexpr = N2 * N3
@@ -162,12 +127,12 @@ def inverse(
     M2: tl.constexpr = 4 * N2 * N2
     INVERSE: tl.constexpr = M1 + M2 + 4 * N3 * N3
     TWIDDLES: tl.constexpr = 2 * INVERSE
-    x = pairs(ar, ai, OP)
+    x = pairs(ar, ai)
     if N3 > 1:
         ar, ai = _stage(x, table + INVERSE + M1 + M2, N3, N3, N3, PRECISION)
-        x = tl.permute(tl.reshape(pairs(ar, ai, OP), (P * N1, N2, N3, 2)), (0, 2, 1, 3))
-        x = _turned(tl.reshape(x, (P * N1 * N3, 2 * N2)), table + TWIDDLES + 4 * M + 2 * R, N3, N2, True, OP, PACKED)
+        x = tl.permute(tl.reshape(pairs(ar, ai), (P * N1, N2, N3, 2)), (0, 2, 1, 3))
+        x = _turned(tl.reshape(x, (P * N1 * N3, 2 * N2)), table + TWIDDLES + 4 * M + 2 * R, N3, N2, True)
     ar, ai = _stage(x, table + INVERSE + M1, N2, N2, N2, PRECISION)
-    x = tl.permute(tl.reshape(pairs(ar, ai, OP), (P, N1, N3, N2, 2)), (0, 3, 2, 1, 4))
-    x = _turned(tl.reshape(x, (P * R, 2 * N1)), table + TWIDDLES + 2 * M, R, N1, True, OP, PACKED)
+    x = tl.permute(tl.reshape(pairs(ar, ai), (P, N1, N3, N2, 2)), (0, 3, 2, 1, 4))
+    x = _turned(tl.reshape(x, (P * R, 2 * N1)), table + TWIDDLES + 2 * M, R, N1, True)
     return _stage(x, table + INVERSE, N1, OUT, N1, PRECISION)
