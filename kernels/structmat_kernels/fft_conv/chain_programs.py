@@ -86,7 +86,9 @@ def _operand(x, P: tl.constexpr, N1: tl.constexpr, N2: tl.constexpr, N3: tl.cons
     return tl.reshape(x.to(tl.float16), (N1, P * N3 * N2)), up
 
 
-@triton.jit
+# Not specialised to a single step, which would make one straight piece of the filter's and the input's transforms: too
+# many registers.
+@triton.jit(do_not_specialize=["steps"])
 def convolve(
     u_ptr, pre_ptr, post_ptr, other_ptr, k_ptr, rev_ptr, skip_ptr, table, y_ptr, z_ptr,
     batch, channels, length, taps, behind, steps, u_b, u_h, pre_b, pre_h, post_b, post_h, other_b, other_h,
