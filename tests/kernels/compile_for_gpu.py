@@ -67,7 +67,7 @@ def compiled(self: launches.Launch, *tensors: torch.Tensor) -> None:
 
 
 def fft_conv() -> None:
-    """Forward and backward where each program runs: on the chip, carried, by sums, together, in float32 grade."""
+    """Forward and backward where each program runs: on the chip, carried or not, in float32 grade."""
     global what
     from structmat_kernels.fft_conv import fft_conv
 

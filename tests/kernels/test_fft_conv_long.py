@@ -100,13 +100,15 @@ def test_values_and_gradients_on_poisoned_memory(sizes, dtype, gates, poisoned):
                 assert (g == 0).all()
 
 
-@pytest.mark.parametrize("way", ["together", "sums", "carry"])
-@pytest.mark.parametrize("sizes", [(3, 2, 700, 0, (1, 5)), (2, 1, 17, 0, (3, -7)), (5, 1, 1.0, 0, (3, 0))], ids=str)
-def test_ways_to_add_spectra(way, sizes):
-    """With gates and without; the transpose too, where sums have a pass of their own."""
+@pytest.mark.parametrize("carried", [False, True])
+@pytest.mark.parametrize(
+    "sizes", [(3, 2, 700, 0, (1, 5)), (2, 1, 17, 0, (3, -7)), (5, 1, 1.0, 0, (3, 0)), (3, 1, 4000, 0, (4, -3))], ids=str
+)
+def test_spectra_carried_or_not(carried, sizes):
+    """With gates and without."""
     config, block = shrunk(torch.float16)
     for given in (sized(sizes, torch.float16, block), [*sized(sizes, torch.float16, block)[:4], None, None]):
-        c = config | {"way": way}
+        c = config | {"carried": carried}
         wide = doubled(given)
         wanted = reference(*wide)
         assert relative_error(long.forward_conv(*given, config=c), wanted) < BOUND[torch.float16]
@@ -116,16 +118,20 @@ def test_ways_to_add_spectra(way, sizes):
         assert relative_error(found, exact) < 3 * BOUND[torch.float16]
 
 
-@pytest.mark.parametrize(("behind", "pairs", "blocks", "wanted"), [
-    (0, 2, 2, "carry"), (0, 1, 2, "together"), (9, 2, 2, "together"), (0, 2, 3, "sums"), (9, 2, 1, "together"),
+@pytest.mark.parametrize(("behind", "pairs", "length", "taps", "points"), [
+    (0, 2, 2000, 2000, 1024), (0, 1, 2000, 2000, 2048), (9, 2, 2000, 2000, 2048), (0, 2, 4000, 4000, 2048),
+    (0, 2, 4000, 1500, 1024), (0, 2, 9000, 600, 1024), (0, 2, 3000, 1536, 1024),
 ])  # fmt: skip
-def test_which_way_is_taken(behind, pairs, blocks, wanted, monkeypatch):
+def test_when_spectra_are_carried(behind, pairs, length, taps, points, monkeypatch):
+    """Up to four windows of 512 taps and their predecessors, two of 1024; forwards, of enough sequences."""
     monkeypatch.setattr(long, "processors", lambda device: 2)
-    config, block = shrunk(torch.float16)
-    u, k, k_rev, *_ = operands(1, pairs, blocks * block, blocks * block, behind, torch.float16)
-    plan = long._plan(u, k, k_rev, False, config)
-    both = behind > 0 and blocks > 1
-    assert (plan.way, plan.lowest, plan.count) == (wanted, -both, blocks + both)
+    monkeypatch.setattr(long, "CARRIED", {1024: 4, 2048: 2})
+    monkeypatch.setattr(long, "RADICES", {True: (32, 8, 8)})
+    monkeypatch.setattr(chain, "RADICES", {1024: (16, 8, 8), 2048: (32, 8, 8)})
+    u, k, k_rev, *_ = operands(1, pairs, length, taps, behind, torch.float16)
+    plan = long._plan(u, k, k_rev, False, None, True)
+    assert (plan.points, plan.carried) == (points, points == 1024)
+    assert not long._plan(u, k, k_rev, False, None, False).carried
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -202,11 +208,11 @@ def test_many_sequences_of_one_channel(monkeypatch):
         assert relative_error(found, wanted) < 5e-6
 
 
-@pytest.mark.parametrize("way", ["together", "sums", "carry"])
-def test_scales_of_neighbours_and_of_blocks(way):
+@pytest.mark.parametrize("carried", [False, True])
+def test_scales_of_neighbours_and_of_blocks(carried):
     """Sequences of very different sizes keep their own accuracy; zeros stay zeros, blocks of them are nearly that."""
     config, block = shrunk(torch.float16)
-    config["way"] = way
+    config["carried"] = carried
     u, k, *_ = operands(6, 1, 2 * block, 200, 0, torch.float32)
     u = (u * torch.tensor([1e-3, 1e3, 0.0, 1.0, 1e-2, 1e2])[:, None, None]).half()
     u[3, :, :block] = 0
@@ -218,11 +224,11 @@ def test_scales_of_neighbours_and_of_blocks(way):
         assert y[3, :, :block].double().norm() < 1e-4 * y[3].double().norm()
 
 
-@pytest.mark.parametrize("way", ["together", "sums", "carry"])
-def test_a_constant_and_a_filter_that_removes_it(way):
+@pytest.mark.parametrize("carried", [False, True])
+def test_a_constant_and_a_filter_that_removes_it(carried):
     """Spectra of which one entry is far larger than the others, and the other one zero there."""
     config, block = shrunk(torch.float16)
-    config["way"] = way
+    config["carried"] = carried
     u = torch.randn(2, 1, 2 * block, generator=torch.Generator().manual_seed(0)).add(30).half()
     k = torch.tensor([[1.0, -1.0]])
     wanted = reference(u.double(), k.double())

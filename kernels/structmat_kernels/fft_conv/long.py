@@ -14,7 +14,7 @@ from structmat_kernels.backend import INTERPRETED, launching
 from structmat_kernels.fft_conv import chain, long_carry, long_programs, long_wide, transforms
 from structmat_kernels.fft_conv.half import packed, rows
 from structmat_kernels.launches import launch, processors
-from structmat_kernels.sizes import cdiv, power
+from structmat_kernels.sizes import cdiv
 from structmat_kernels.tuning import Config
 
 #: The longest input: the work on spectra grows with the square of the number of blocks.
@@ -23,16 +23,15 @@ LONGEST = 1 << 18
 RADICES = {True: chain.RADICES[16384], False: transforms.RADICES[8192]}
 #: Bytes that the spectra of the input take at most, unless those of a channel take more.
 CHUNK = 1 << 29
-#: Blocks from which on spectra are added in a pass of its own, in half precision.
-SUMS = 3
-#: Frequencies and bytes of L1 that a program of that pass has at most.
-SLICE, L1 = 1024, 1 << 16
+#: Windows of a causal filter, by the points of a transform, up to which programs carry spectra from block to block: the
+#: first that holds, in half precision.
+CARRIED = {8192: 4, 16384: 2}
 #: Entries that a program looks at together to find the largest.
 TILE = 4096
 
 Optional = Tensor | None
-#: Spectra, the scales of what they are of, and the largest entries of each.
-Spectra = tuple[Tensor, Tensor, Tensor]
+#: Spectra, and the scales of what they are of.
+Spectra = tuple[Tensor, Tensor]
 
 
 @dataclass(frozen=True)
@@ -52,20 +51,37 @@ class _Plan:
     count: int
     step: int  # channels that are computed together
     half: bool
-    way: str  # "carry", "sums", or "together": sums in the program of the inverse
+    carried: bool  # from block to block, by long_carry
 
 
-def _plan(u: Tensor, k: Tensor, k_rev: Optional, accurate: bool, given: Config | None) -> _Plan:
-    batch, channels, length = u.shape
-    half = u.dtype != torch.float32 and not accurate
-    radices = (given or {}).get("radices", RADICES[half])
-    n1, n2, n3 = radices
-    points = n1 * n2 * n3
+def _windows_of(taps: int, behind: int, length: int, points: int) -> tuple[int, int, int]:
+    """Blocks of an input, and the first and the last window of the filter.
+
+    Window m has the taps of block m and of block m - 1; beyond the last block there is no output.
+    """
     block = points // 2
     blocks = cdiv(length, block)
+    return blocks, -min(cdiv(behind, block), blocks - 1), min(cdiv(taps, block), blocks - 1)
+
+
+def _carrying(taps: int, behind: int, u: Tensor) -> int | None:
+    """The points of transforms whose spectra are to be carried, or None."""
+    if behind or cdiv(u.shape[0], 2) * u.shape[1] < processors(u.device):  # a program has all blocks of a sequence
+        return None
+    return next((n for n, most in CARRIED.items() if _windows_of(taps, 0, u.shape[2], n)[2] < most), None)
+
+
+def _plan(u: Tensor, k: Tensor, k_rev: Optional, accurate: bool, given: Config | None, forward: bool) -> _Plan:
+    batch, channels, length = u.shape
+    half = u.dtype != torch.float32 and not accurate
     taps, behind = min(k.shape[1], length), 0 if k_rev is None else min(k_rev.shape[1], length - 1)
-    # Window m has the taps of block m and of block m - 1; beyond the last block there is no output.
-    highest, lowest = min(cdiv(taps, block), blocks - 1), -min(cdiv(behind, block), blocks - 1)
+    c = dict(given or {})
+    if half and forward and "radices" not in c and (carried := _carrying(taps, behind, u)):
+        c |= {"radices": chain.RADICES[carried], "carried": True}
+    n1, n2, n3 = radices = c.get("radices", RADICES[half])
+    points = n1 * n2 * n3
+    blocks, lowest, highest = _windows_of(taps, behind, length, points)
+    count, carried = highest - lowest + 1, c.get("carried", False)
     constants = {"N1": n1, "N2": n2, "N3": n3, "num_stages": 1}
     if half:
         programs, dtype, table = long_programs, torch.float16, chain.tables(radices, u.device)
@@ -73,20 +89,11 @@ def _plan(u: Tensor, k: Tensor, k_rev: Optional, accurate: bool, given: Config |
     else:
         programs, dtype, table = long_wide, torch.float32, transforms.tables(points, u.device)
         constants |= {"PRECISION": "ieee" if INTERPRETED else "tf32x3", "num_warps": max(4, points // 512)}
-    size = cdiv(batch, 2) * blocks * points * (4 if half else 8)
-    step = cdiv(channels, cdiv(channels, max(1, (given or {}).get("chunk", CHUNK) // size)))
-    count = highest - lowest + 1
-    way = (given or {}).get("way", _way(cdiv(batch, 2) * channels, blocks, lowest, count, u) if half else "together")
+    size = (count if carried else cdiv(batch, 2) * blocks) * points * (4 if half else 8)
+    step = cdiv(channels, cdiv(channels, max(1, c.get("chunk", CHUNK) // size)))
     return _Plan(
-        programs, constants, table, dtype, channels, points, blocks, taps, behind, lowest, count, step, half, way
+        *(programs, constants, table, dtype, channels, points, blocks, taps, behind, lowest, count, step, half, carried)
     )
-
-
-def _way(pairs: int, blocks: int, lowest: int, count: int, u: Tensor) -> str:
-    """How sums over windows are made in half precision."""
-    if lowest == 0 and count == 2 and pairs >= processors(u.device):  # programs of a whole sequence keep all busy
-        return "carry"
-    return "sums" if min(blocks, count) >= SUMS else "together"
 
 
 def _largest(u: Tensor, gate: Optional) -> Tensor:
@@ -99,23 +106,22 @@ def _largest(u: Tensor, gate: Optional) -> Tensor:
     return up
 
 
-def _transform(plan: _Plan, u: Tensor, gate: Optional, apart: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """The spectra of all blocks of a gated input, (channels, pairs, blocks, 2, points), its scales, their largest."""
+def _transform(plan: _Plan, u: Tensor, gate: Optional, apart: bool) -> Spectra:
+    """The spectra of all blocks of a gated input, (channels, pairs, blocks, 2, points), and its scales."""
     batch, channels, length = u.shape
     up = _largest(u, gate) if plan.half else u
     pairs = cdiv(batch, 2)
     spectra = torch.empty((channels, pairs, plan.blocks, 2, plan.points), dtype=plan.dtype, device=u.device)
-    most = torch.empty((channels, pairs, plan.blocks), dtype=torch.float32, device=u.device)
     (u, su), (gates, sg) = rows(u, u), rows(gate, u)
     constants = plan.constants | {"GATE": gate is not None, "APART": apart}
     scalars = (batch, channels, length, plan.blocks, *su, *sg)
-    tensors = (u, gates, up, plan.table, spectra, most)
+    tensors = (u, gates, up, plan.table, spectra)
     launch(plan.programs.transform, (channels * pairs * plan.blocks,), tensors, scalars, **constants)
-    return spectra, up, most
+    return spectra, up
 
 
-def _windows(plan: _Plan, k: Tensor, k_rev: Optional, skip: Optional) -> tuple[Tensor, Tensor, Tensor]:
-    """The spectra of the filters' windows, (channels, count, 2, points), the filters' scales, the spectra's largest."""
+def _windows(plan: _Plan, k: Tensor, k_rev: Optional, skip: Optional) -> Spectra:
+    """The spectra of the filters' windows, (channels, count, 2, points), and the filters' scales, (channels,)."""
     channels = k.shape[0]
     k = packed(k, plan.taps, k)
     rev, up = packed(k_rev, plan.behind, k), k
@@ -127,42 +133,24 @@ def _windows(plan: _Plan, k: Tensor, k_rev: Optional, skip: Optional) -> tuple[T
         if skip is not None:
             up = torch.maximum(up, _largest(skipped[None, :, None], None))
     spectra = torch.empty((channels, plan.count, 2, plan.points), dtype=plan.dtype, device=k.device)
-    most = torch.empty((channels, plan.count), dtype=torch.float32, device=k.device)
     constants = plan.constants | {"REV": plan.behind > 0, "SKIP": skip is not None}
     scalars = (plan.taps, plan.behind, plan.lowest, plan.count)
-    tensors = (k, rev, skipped, up, plan.table, spectra, most)
+    tensors = (k, rev, skipped, up, plan.table, spectra)
     launch(plan.programs.windows, (channels * plan.count,), tensors, scalars, **constants)
-    return spectra, up, most
+    return spectra, up
 
 
 def _carry(plan: _Plan, u: Tensor, gate: Optional, filters: Spectra, y: Tensor, post: Optional) -> None:
-    """Write ``post * (K (gate u))`` to y for a filter of two windows."""
+    """Write ``post * (K (gate u))`` to y for a causal filter of few windows."""
     batch, channels, length = u.shape
     (u, su), (gates, sg), (last, sq) = rows(u, u), rows(gate, u), rows(post, u)
     constants = plan.constants | {"GATE": gate is not None, "POST": post is not None}
-    scalars = (batch, channels, length, plan.blocks, *su, *sg, *sq, y.stride(0), y.stride(1))
-    programs = min(channels * cdiv(batch, 2), processors(u.device))  # registers have room for one on a processor
-    scratch = torch.empty((programs, 2, 2, plan.points), dtype=plan.dtype, device=u.device)
+    scalars = (batch, channels, length, plan.blocks, plan.count, *su, *sg, *sq, y.stride(0), y.stride(1))
+    room = 8 // plan.constants["num_warps"]  # so many a processor has registers for
+    programs = min(channels * cdiv(batch, 2), room * processors(u.device))
+    scratch = torch.empty((programs, plan.count, 2, plan.points), dtype=plan.dtype, device=u.device)
     tensors = (u, gates, *filters, last, scratch, plan.table, y)
     launch(long_carry.carry, (programs,), tensors, scalars, **constants)
-
-
-def _sums(plan: _Plan, spectra: Tensor, most: Tensor, filters: Spectra, transpose: bool) -> tuple[Tensor, Tensor]:
-    """Sums of spectra times windows, in the shape of the spectra, and the scales of pairs."""
-    channels, pairs = spectra.shape[:2]
-    total = torch.empty_like(spectra)
-    scales = torch.empty((channels, pairs), dtype=torch.float32, device=spectra.device)
-    width = min(SLICE, plan.points, L1 // (4 * power(plan.blocks + plan.count)))
-    slices = plan.points // width
-    constants = {"M": plan.points, "W": width, "BLOCKS": power(plan.blocks), "COUNT": power(plan.count)}
-    constants |= {"TRANSPOSE": transpose, "num_warps": max(1, width // 256)}
-    # A product of two complex numbers is at most twice one of their largest parts, and these twice their scales.
-    scalars = (plan.blocks, plan.lowest, plan.count, pairs, slices, 2.0**15 / (8 * power(plan.count)))
-    launch(
-        long_programs.sums, (channels * pairs * slices,), (spectra, filters[0], most, filters[2], total, scales),
-        scalars, **constants,
-    )  # fmt: skip
-    return total, scales
 
 
 def _combine(
@@ -171,14 +159,11 @@ def _combine(
 ) -> None:  # fmt: skip
     """Write ``post * (K x)``, K or its transpose, to y, and the same with ``other`` in place of ``post`` to z."""
     batch, channels, length = y.shape
-    x, scales = spectra[0], spectra[1]
-    if plan.way == "sums":
-        x, scales = _sums(plan, x, spectra[2], filters, transpose)
     (last, sq), (third, so) = rows(post, y), rows(other, y)
     constants = plan.constants | {"POST": post is not None, "OTHER": other is not None}
-    constants |= {"APART": apart, "TRANSPOSE": transpose, "SUMMED": plan.way == "sums"}
+    constants |= {"APART": apart, "TRANSPOSE": transpose}
     scalars = (batch, channels, length, plan.blocks, plan.lowest, plan.count, *sq, *so, y.stride(0), y.stride(1))
-    tensors = (x, filters[0], spectra[1], filters[1], scales, last, third, plan.table, y, y if z is None else z)
+    tensors = (spectra[0], filters[0], spectra[1], filters[1], last, third, plan.table, y, y if z is None else z)
     grid = (channels * cdiv(batch, 2) * plan.blocks,)
     launch(plan.programs.combine, grid, tensors, scalars, **constants)
 
@@ -211,17 +196,17 @@ def forward_conv(
 ) -> Tensor:  # fmt: skip
     """y of shape (batch, channels, length) for real operands as those of the reference.
 
-    ``config``: "radices" of the transforms and "chunk" in bytes, where they are not RADICES and CHUNK, and the "way" of
-    the plan.
+    ``config``: "radices" of the transforms and "chunk" in bytes, where they are not RADICES and CHUNK, and whether
+    spectra are "carried".
     """
     y = torch.empty(u.shape, dtype=u.dtype, device=u.device)
     if u.numel() == 0:
         return y
-    plan = _plan(u, k, k_rev, accurate, config)
+    plan = _plan(u, k, k_rev, accurate, config, True)
     with launching(u):
         for x, taps, behind, point, pre, post, out in _parts(plan, u, k, k_rev, skip, pre_gate, post_gate, y):
             filters = _windows(plan, taps, behind, point)
-            if plan.way == "carry":
+            if plan.carried:
                 _carry(plan, x, pre, filters, out, post)
             else:
                 _combine(plan, _transform(plan, x, pre, True), filters, out, post)
@@ -245,7 +230,7 @@ def backward_conv(
         torch.empty(u.shape, dtype=u.dtype, device=u.device) if n else None
         for n in (inputs, False, False, False, needs[4], gate)
     ]
-    plan = _plan(u, k, k_rev, accurate, config)
+    plan = _plan(u, k, k_rev, accurate, config, False)
     sums = []
     with launching(u):
         for gy, x, *filters, pre, post, gu, gpre, gpost in _parts(plan, grad, *operands, found[0], found[4], found[5]):

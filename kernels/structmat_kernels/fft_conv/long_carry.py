@@ -1,9 +1,9 @@
-"""Long convolutions in Triton, block by block, whose spectra never leave the chip: filters of up to two windows.
+"""Long convolutions in Triton, block by block, whose spectra never leave the chip: causal filters of few windows.
 
-Where only the windows G_0 and G_1 of :mod:`long_programs` are not zero, as of causal filters of inputs of two blocks
-and of filters as short as a block, an output block needs the spectra of its own and of the block before. A program
-takes the blocks of two sequences one after the other and keeps the last spectrum in memory of its own, which stays in
-L2 as the windows do: only input and output pass through memory.
+Where only the windows G_0, ..., G_(count - 1) of :mod:`long_programs` are not zero, as of causal filters of inputs of
+few blocks and of short filters, an output block needs the spectra of its own and of few blocks before. A program takes
+the blocks of two sequences one after the other and keeps those spectra in memory of its own, which stays in L2 as the
+windows do: only input and output pass through memory.
 """
 
 # The language of kernels is not the Python that type checkers know.
@@ -30,11 +30,11 @@ def _gated(u_ptr, gate_ptr, b, h, t, batch, length, u_b, u_h, gate_b, gate_h, GA
 
 @triton.jit
 def carry(
-    u_ptr, gate_ptr, g_ptr, up_k_ptr, most_g_ptr, post_ptr, scratch_ptr, table, y_ptr,
-    batch, channels, length, blocks, u_b, u_h, gate_b, gate_h, post_b, post_h, y_b, y_h,
+    u_ptr, gate_ptr, g_ptr, up_k_ptr, post_ptr, scratch_ptr, table, y_ptr,
+    batch, channels, length, blocks, count, u_b, u_h, gate_b, gate_h, post_b, post_h, y_b, y_h,
     N1: tl.constexpr, N2: tl.constexpr, N3: tl.constexpr, GATE: tl.constexpr, POST: tl.constexpr, ASM: tl.constexpr,
 ):  # fmt: skip
-    """All of ``y = post * (G_0 x + G_1 x')``, x' the block before x, of two sequences, then of two others, ...."""
+    """All of ``y = post * sum_m G_m x``, m < count, of two sequences, then of two others, and so on."""
     R: tl.constexpr = N2 * N3
     M: tl.constexpr = N1 * R
     H: tl.constexpr = N1 // 2
@@ -43,7 +43,7 @@ def carry(
     real, imaginary, middle_, last_ = inverse_matrices(table, N1, N2, N3)
     row = tl.arange(0, N1)[:, None]
     to = row % H * R + tl.arange(0, R)[None, :]
-    scratch_ptr += tl.program_id(0).to(tl.int64) * (4 * M)
+    scratch_ptr += tl.program_id(0).to(tl.int64) * (count * 2 * M)
     for item in range(tl.program_id(0), pairs * channels, tl.num_programs(0)):
         first = (item % pairs * 2).to(tl.int64)
         h = (item // pairs).to(tl.int64)
@@ -67,14 +67,14 @@ def carry(
             x = tl.reshape(x, (N1, R)).to(tl.float16)
             ar, ai = forward(x, before, middle, last, table, 1, N1, N2, N3, ASM)
             xr, xi = by_threads(ar, ai, N1, N2, N3)
-            # For the next block: registers do not hold it meanwhile.
-            put_spectrum(scratch_ptr + block % 2 * (2 * M), xr, xi, N1, N2, N3)
-            gr, gi = spectrum(g_ptr + h * (4 * M), N1, N2, N3)
+            # For the next blocks: registers do not hold it meanwhile.
+            put_spectrum(scratch_ptr + block % count * (2 * M), xr, xi, N1, N2, N3)
+            gr, gi = spectrum(g_ptr + h * count * (2 * M), N1, N2, N3)
             zr, zi = times_spectrum(xr, xi, gr, gi)
-            if block > 0:
-                tl.debug_barrier()  # what other threads have stored
-                xr, xi = spectrum(scratch_ptr + (block + 1) % 2 * (2 * M), N1, N2, N3)
-                gr, gi = spectrum(g_ptr + h * (4 * M) + 2 * M, N1, N2, N3)
+            tl.debug_barrier()  # what other threads have stored
+            for m in range(1, tl.minimum(block + 1, count)):
+                xr, xi = spectrum(scratch_ptr + (block - m) % count * (2 * M), N1, N2, N3)
+                gr, gi = spectrum(g_ptr + (h * count + m) * (2 * M), N1, N2, N3)
                 yr, yi = times_spectrum(xr, xi, gr, gi)
                 zr += yr
                 zi += yi

@@ -79,15 +79,6 @@ def put_spectrum(ptr, xr, xi, N1: tl.constexpr, N2: tl.constexpr, N3: tl.constex
 
 
 @triton.jit
-def _put(ptr, most_ptr, ar, ai, N1: tl.constexpr, N2: tl.constexpr, N3: tl.constexpr):
-    """Store what :func:`forward` gives, and its largest entry, at the program's places."""
-    most = tl.max(tl.max(tl.maximum(tl.abs(ar), tl.abs(ai)), 2), 1)
-    tl.store(most_ptr + tl.program_id(0), tl.max(most, 0))
-    xr, xi = by_threads(ar, ai, N1, N2, N3)
-    put_spectrum(ptr + tl.program_id(0).to(tl.int64) * (2 * N1 * N2 * N3), xr, xi, N1, N2, N3)
-
-
-@triton.jit
 def spectrum(ptr, N1: tl.constexpr, N2: tl.constexpr, N3: tl.constexpr):
     """Both parts in that order, float16."""
     at = _offsets(N1, N2, N3)
@@ -102,27 +93,21 @@ def times_spectrum(xr, xi, gr, gi):
 
 
 @triton.jit
-def for_inverse(ar, ai, N1: tl.constexpr, N2: tl.constexpr, N3: tl.constexpr):
-    """Parts of spectra in that order, float16, as :func:`inverse` takes them."""
-    x = tl.permute(tl.reshape(tl.join(ar, ai), (N1 // 8, 8, 4, N2 // 2, 2, N3 // 8, 2, 2)), (3, 0, 4, 1, 5, 2, 6, 7))
-    return tl.split(tl.reshape(x, (N1 * N2, N3 // 8, 8, 2)))
-
-
-@triton.jit
 def frequencies(ar, ai, N1: tl.constexpr, N2: tl.constexpr, N3: tl.constexpr):
     """Sums of spectra as :func:`inverse` takes them, and the factor by which they are too small."""
     most = tl.max(tl.max(tl.maximum(tl.abs(ar), tl.abs(ai)), 2), 1)
     up, down = _power_below(tl.max(most, 0))
     # The inverse makes means of them, which 1024 keeps away from float16's smallest numbers. In two steps: of zeros the
     # product of both factors is not finite.
-    ar, ai = (ar * down * 1024.0).to(tl.float16), (ai * down * 1024.0).to(tl.float16)
-    ar, ai = for_inverse(ar, ai, N1, N2, N3)
+    x = tl.join((ar * down * 1024.0).to(tl.float16), (ai * down * 1024.0).to(tl.float16))
+    x = tl.permute(tl.reshape(x, (N1 // 8, 8, 4, N2 // 2, 2, N3 // 8, 2, 2)), (3, 0, 4, 1, 5, 2, 6, 7))
+    ar, ai = tl.split(tl.reshape(x, (N1 * N2, N3 // 8, 8, 2)))
     return ar, ai, up * (1.0 / 1024.0)
 
 
 @triton.jit
 def transform(
-    u_ptr, gate_ptr, up_ptr, table, to_ptr, most_ptr, batch, channels, length, blocks, u_b, u_h, gate_b, gate_h,
+    u_ptr, gate_ptr, up_ptr, table, to_ptr, batch, channels, length, blocks, u_b, u_h, gate_b, gate_h,
     N1: tl.constexpr, N2: tl.constexpr, N3: tl.constexpr, GATE: tl.constexpr, APART: tl.constexpr, ASM: tl.constexpr,
 ):  # fmt: skip
     """The spectrum of a block of two sequences, times a gate: (channel, pair, block, part, frequency)."""
@@ -146,12 +131,13 @@ def transform(
     # Rounded last: Triton 3.6 fails at a reshaped operand that it finds in single entries, those of odd lengths.
     x = tl.reshape(x, (N1, N3 * N2)).to(tl.float16)
     ar, ai = forward(x, first, middle, last, table, 1, N1, N2, N3, ASM)
-    _put(to_ptr, most_ptr, ar, ai, N1, N2, N3)
+    xr, xi = by_threads(ar, ai, N1, N2, N3)
+    put_spectrum(to_ptr + tl.program_id(0).to(tl.int64) * (2 * M), xr, xi, N1, N2, N3)
 
 
 @triton.jit
 def windows(
-    k_ptr, rev_ptr, skip_ptr, up_ptr, table, to_ptr, most_ptr, taps, behind, lowest, count,
+    k_ptr, rev_ptr, skip_ptr, up_k_ptr, table, to_ptr, taps, behind, lowest, count,
     N1: tl.constexpr, N2: tl.constexpr, N3: tl.constexpr, REV: tl.constexpr, SKIP: tl.constexpr, ASM: tl.constexpr,
 ):  # fmt: skip
     """G_m of a channel for m = lowest, ..., lowest + count - 1: (channel, m, part, frequency)."""
@@ -159,78 +145,36 @@ def windows(
     M: tl.constexpr = N1 * R
     h = (tl.program_id(0) // count).to(tl.int64)
     m = lowest + tl.program_id(0) % count
-    row = tl.arange(0, 2 * N1)[:, None]
-    column = tl.arange(0, R)[None, :]
-    t = (row // 16 * 8 + row % 8) * R + column % N2 * N3 + column // N2
-    t += m * (M // 2) - tl.where(t < M // 2, 0, M)
-    real = row // 8 % 2 == 0
-    k = tl.load(k_ptr + h * taps + t, mask=real & (t >= 0) & (t < taps), other=0.0).to(tl.float32)
+    # As in _places neighbours in t2 lie apart, so that a thread has what are neighbours in memory later.
+    column = tl.arange(0, R // 4)[None, None, :]
+    row = tl.arange(0, N1)[:, None, None]
+    t = row * R + (column // N3 * 4 + tl.arange(0, 4)[None, :, None]) * N3 + column % N3
+    t += m * (M // 2) - tl.where(row < N1 // 2, 0, M)
+    k = tl.load(k_ptr + h * taps + t, mask=(t >= 0) & (t < taps), other=0.0).to(tl.float32)
     if REV:
-        k += tl.load(rev_ptr + h * behind - 1 - t, mask=real & (t < 0) & (t >= -behind), other=0.0).to(tl.float32)
+        k += tl.load(rev_ptr + h * behind - 1 - t, mask=(t < 0) & (t >= -behind), other=0.0).to(tl.float32)
     if SKIP:
-        k += tl.where(real & (t == 0), tl.load(skip_ptr + h).to(tl.float32), 0.0)
-    _, down = _power_below(tl.load(up_ptr + h))
-    first, middle, last = forward_matrices(table, N1, N1, N2, N3)
-    ar, ai = forward((k * down).to(tl.float16), first, middle, last, table, 1, N1, N2, N3, ASM)
-    _put(to_ptr, most_ptr, ar, ai, N1, N2, N3)
-
-
-@triton.jit
-def _bounds(at, count, lowest, blocks, TRANSPOSE: tl.constexpr):
-    """The windows m that an output block takes: from a number on, and before another."""
-    if TRANSPOSE:
-        return tl.maximum(lowest, -at), tl.minimum(lowest + count, blocks - at)
-    else:  # triton takes no return without else here
-        return tl.maximum(lowest, at + 1 - blocks), tl.minimum(lowest + count, at + 1)
-
-
-@triton.jit
-def sums(
-    x_ptr, g_ptr, most_x_ptr, most_g_ptr, to_ptr, scale_ptr, blocks, lowest, count, pairs, slices, room,
-    M: tl.constexpr, W: tl.constexpr, BLOCKS: tl.constexpr, COUNT: tl.constexpr, TRANSPOSE: tl.constexpr,
-):  # fmt: skip
-    """W frequencies of ``sum_m G_m X``, or of the transpose, for all blocks of a pair, which L1 holds meanwhile.
-
-    float16, divided by a power of two that is stored, at which ``room`` keeps them below float16's largest number.
-    """
-    rest = (tl.program_id(0) // slices).to(tl.int64)
-    h = rest // pairs
-    at = tl.program_id(0) % slices * W + tl.arange(0, W)
-    i, m = tl.arange(0, BLOCKS), tl.arange(0, COUNT)
-    most_x = tl.max(tl.load(most_x_ptr + rest * blocks + i, mask=i < blocks, other=0.0), 0)
-    most_g = tl.max(tl.load(most_g_ptr + h * count + m, mask=m < count, other=0.0), 0)
-    up_x, down_x = _power_below(most_x)
-    up_g, down_g = _power_below(most_g)
-    tl.store(scale_ptr + rest, up_x * up_g / room)
-    x_ptr += rest * blocks * (2 * M) + at
-    g_ptr += (h * count - lowest) * (2 * M) + at
-    to_ptr += rest * blocks * (2 * M) + at
-    for block in range(blocks):
-        zr = tl.zeros((W,), tl.float32)
-        zi = tl.zeros((W,), tl.float32)
-        start, stop = _bounds(block, count, lowest, blocks, TRANSPOSE)
-        for window in range(start, stop):
-            x_at = x_ptr + (block + window if TRANSPOSE else block - window) * (2 * M)
-            g_at = g_ptr + window * (2 * M)
-            gr, gi = tl.load(g_at), tl.load(g_at + M)
-            yr, yi = times_spectrum(tl.load(x_at), tl.load(x_at + M), gr, -gi if TRANSPOSE else gi)
-            zr += yr
-            zi += yi
-        tl.store(to_ptr + block * (2 * M), (zr * down_x * down_g * room).to(tl.float16))
-        tl.store(to_ptr + block * (2 * M) + M, (zi * down_x * down_g * room).to(tl.float16))
+        k += tl.where(t == 0, tl.load(skip_ptr + h).to(tl.float32), 0.0)
+    _, down = _power_below(tl.load(up_k_ptr + h))
+    x = tl.permute(tl.reshape(k * down, (N1, 4, N2 // 4, N3)), (0, 3, 2, 1))
+    x = tl.reshape(x, (N1, N3 * N2)).to(tl.float16)
+    # Imaginary parts are zeros: of the first matrix the columns of real ones will do.
+    real = tl.arange(0, N1)[None, :]
+    first = tl.load(table + tl.arange(0, 2 * N1)[:, None] * (2 * N1) + real // 8 * 16 + real % 8)
+    _, middle, last = forward_matrices(table, N1, N1, N2, N3)
+    ar, ai = forward(x, first, middle, last, table, 1, N1, N2, N3, ASM)
+    xr, xi = by_threads(ar, ai, N1, N2, N3)
+    put_spectrum(to_ptr + tl.program_id(0).to(tl.int64) * (2 * M), xr, xi, N1, N2, N3)
 
 
 @triton.jit
 def combine(
-    x_ptr, g_ptr, up_ptr, up_k_ptr, scale_ptr, post_ptr, other_ptr, table, y_ptr, z_ptr,
+    x_ptr, g_ptr, up_ptr, up_k_ptr, post_ptr, other_ptr, table, y_ptr, z_ptr,
     batch, channels, length, blocks, lowest, count, post_b, post_h, other_b, other_h, y_b, y_h,
     N1: tl.constexpr, N2: tl.constexpr, N3: tl.constexpr, POST: tl.constexpr, OTHER: tl.constexpr,
-    APART: tl.constexpr, TRANSPOSE: tl.constexpr, SUMMED: tl.constexpr, ASM: tl.constexpr,
+    APART: tl.constexpr, TRANSPOSE: tl.constexpr, ASM: tl.constexpr,
 ):  # fmt: skip
-    """A block of two sequences of ``y = post * sum_m G_m x``, or of the transpose. OTHER: also z, with another gate.
-
-    SUMMED: x is what :func:`sums` has made.
-    """
+    """A block of two sequences of ``y = post * sum_m G_m x``, or of the transpose. OTHER: also z, with another gate."""
     R: tl.constexpr = N2 * N3
     M: tl.constexpr = N1 * R
     H: tl.constexpr = N1 // 2
@@ -239,22 +183,22 @@ def combine(
     rest = (tl.program_id(0) // blocks).to(tl.int64)
     b = rest % pairs * 2
     h = rest // pairs
-    if SUMMED:
-        ar, ai = spectrum(x_ptr + (rest * blocks + block) * (2 * M), N1, N2, N3)
-        ar, ai = for_inverse(ar, ai, N1, N2, N3)
-        factor = tl.load(scale_ptr + rest)
+    ar = tl.zeros((4 * N1, R // 32, 8), tl.float32)
+    ai = tl.zeros((4 * N1, R // 32, 8), tl.float32)
+    if TRANSPOSE:
+        start = tl.maximum(lowest, -block)
+        stop = tl.minimum(lowest + count, blocks - block)
     else:
-        ar = tl.zeros((4 * N1, R // 32, 8), tl.float32)
-        ai = tl.zeros((4 * N1, R // 32, 8), tl.float32)
-        start, stop = _bounds(block, count, lowest, blocks, TRANSPOSE)
-        for m in range(start, stop):
-            source = block + m if TRANSPOSE else block - m
-            xr, xi = spectrum(x_ptr + (rest * blocks + source) * (2 * M), N1, N2, N3)
-            gr, gi = spectrum(g_ptr + (h * count + m - lowest) * (2 * M), N1, N2, N3)
-            zr, zi = times_spectrum(xr, xi, gr, -gi if TRANSPOSE else gi)
-            ar += zr
-            ai += zi
-        ar, ai, factor = frequencies(ar, ai, N1, N2, N3)
+        start = tl.maximum(lowest, block + 1 - blocks)
+        stop = tl.minimum(lowest + count, block + 1)
+    for m in range(start, stop):
+        source = block + m if TRANSPOSE else block - m
+        xr, xi = spectrum(x_ptr + (rest * blocks + source) * (2 * M), N1, N2, N3)
+        gr, gi = spectrum(g_ptr + (h * count + m - lowest) * (2 * M), N1, N2, N3)
+        zr, zi = times_spectrum(xr, xi, gr, -gi if TRANSPOSE else gi)
+        ar += zr
+        ai += zi
+    ar, ai, factor = frequencies(ar, ai, N1, N2, N3)
     real, imaginary, middle, last = inverse_matrices(table, N1, N2, N3)
     y, _ = inverse(ar, ai, real, imaginary, middle, last, table, 1, N1, N2, N3, ASM)
     y = tl.reshape(tl.permute(tl.reshape(y, (N1, N3, N2)), (0, 2, 1)), (N1, R))

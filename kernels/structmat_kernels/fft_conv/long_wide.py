@@ -29,7 +29,7 @@ def _spectrum(ptr, M: tl.constexpr, W: tl.constexpr):
 
 @triton.jit
 def transform(
-    u_ptr, gate_ptr, up_ptr, table, to_ptr, most_ptr, batch, channels, length, blocks, u_b, u_h, gate_b, gate_h,
+    u_ptr, gate_ptr, up_ptr, table, to_ptr, batch, channels, length, blocks, u_b, u_h, gate_b, gate_h,
     N1: tl.constexpr, N2: tl.constexpr, N3: tl.constexpr, GATE: tl.constexpr, APART: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -54,7 +54,7 @@ def transform(
 
 @triton.jit
 def windows(
-    k_ptr, rev_ptr, skip_ptr, up_ptr, table, to_ptr, most_ptr, taps, behind, lowest, count,
+    k_ptr, rev_ptr, skip_ptr, up_ptr, table, to_ptr, taps, behind, lowest, count,
     N1: tl.constexpr, N2: tl.constexpr, N3: tl.constexpr, REV: tl.constexpr, SKIP: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -77,10 +77,10 @@ def windows(
 
 @triton.jit
 def combine(
-    x_ptr, g_ptr, up_ptr, up_k_ptr, scale_ptr, post_ptr, other_ptr, table, y_ptr, z_ptr,
+    x_ptr, g_ptr, up_ptr, up_k_ptr, post_ptr, other_ptr, table, y_ptr, z_ptr,
     batch, channels, length, blocks, lowest, count, post_b, post_h, other_b, other_h, y_b, y_h,
     N1: tl.constexpr, N2: tl.constexpr, N3: tl.constexpr, POST: tl.constexpr, OTHER: tl.constexpr,
-    APART: tl.constexpr, TRANSPOSE: tl.constexpr, SUMMED: tl.constexpr, PRECISION: tl.constexpr,
+    APART: tl.constexpr, TRANSPOSE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     R: tl.constexpr = N2 * N3
     M: tl.constexpr = N1 * R
