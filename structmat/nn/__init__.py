@@ -14,7 +14,7 @@ from structmat.nn.kaleidoscope import KaleidoscopeLinear
 from structmat.nn.kaleidoscope_conv import KaleidoscopeConv2d
 from structmat.nn.layers import BlockDiagonalLinear, LowRankLinear, MonarchLinear
 from structmat.nn.linear import StructuredLinear
-from structmat.nn.longconv import ExplicitFilter, ImplicitFilter, LongConv, ShortConv
+from structmat.nn.longconv import ExplicitFilter, ImplicitFilter, LongConv, ShortConv, cache_taps
 from structmat.nn.parameters import MatrixParameters
 from structmat.nn.permutation import LearnablePermutation
 from structmat.nn.recurrent import StructuredLSTMCell
@@ -47,6 +47,7 @@ __all__ = [
     "StructuredLinear",
     "ToeplitzLikeLinear",
     "ToeplitzLinear",
+    "cache_taps",
     "convert_fly_state_dict",
     "parameter_groups",
 ]

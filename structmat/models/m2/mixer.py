@@ -12,6 +12,7 @@ from structmat._checks import check_int
 from structmat.config import Config
 from structmat.models.m2.mlp import linear
 from structmat.nn.longconv import ImplicitFilter, LongConv, ShortConv
+from structmat_kernels.transpose import supported, transpose
 
 
 class MixerState(NamedTuple):
@@ -114,9 +115,8 @@ class M2SequenceMixer(nn.Module):
         x = self._enter(x, mask)
         x1, x2, v = self.short(self._project(x, mask)).chunk(3, -2)
         y = self.long(v, _masked(x1, mask), x2)
-        if self.residual is not None:
-            y = y + self.residual(x.to(y.dtype).mT)  # in an autocast region, as the projection took it
-        return self.out(y.mT)
+        z = None if self.residual is None else self.residual(_channels_first(x, y.dtype))
+        return self.out(_tokens_first(y, z))
 
     def extend(self, x: Tensor, mask: Tensor | None, state: MixerState | None) -> tuple[Tensor, MixerState]:
         """The outputs at inputs that follow those in a state, and the state after them; causal mixers only.
@@ -131,11 +131,10 @@ class M2SequenceMixer(nn.Module):
         short, after_short = _extend(self.short, self._project(x, mask), before.short)
         x1, x2, v = short.chunk(3, -2)
         y, after_long = _extend(self.long, v, before.long, _masked(x1, mask), x2)
-        after_residual = None
+        z, after_residual = None, None
         if self.residual is not None:
-            z, after_residual = _extend(self.residual, x.to(y.dtype).mT, before.residual)
-            y = y + z
-        return self.out(y.mT), MixerState(after_short, after_long, after_residual)
+            z, after_residual = _extend(self.residual, _channels_first(x, y.dtype), before.residual)
+        return self.out(_tokens_first(y, z)), MixerState(after_short, after_long, after_residual)
 
     def _enter(self, x: Tensor, mask: Tensor | None) -> Tensor:
         if self.norm is not None:
@@ -144,6 +143,31 @@ class M2SequenceMixer(nn.Module):
 
     def _project(self, x: Tensor, mask: Tensor | None) -> Tensor:
         return _masked(self.project(x).mT, mask)
+
+
+def _channels_first(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """A convolution's operand of x (batch, length, channels), in an autocast region of the dtype that projections have.
+
+    Convolutions read times that are neighbours, and would copy a transposed view.
+    """
+    return transpose(x, dtype=dtype) if _copied(x, dtype) else x.to(dtype).mT
+
+
+def _tokens_first(y: Tensor, z: Tensor | None) -> Tensor:
+    """The transposed matrices of y, or of y + z, (batch, channels, length): the operand of the last projection.
+
+    The product of a batch would copy a transposed view, and a product of each matrix by itself would first fill the
+    output with the bias, which costs as much; what it costs to copy, the sum costs anyway. The product of one matrix
+    takes it transposed.
+    """
+    if _copied(y, y.dtype) and (z is not None or len(y) > 1):
+        return transpose(y, z)
+    return (y if z is None else y + z).mT
+
+
+def _copied(x: Tensor, dtype: torch.dtype) -> bool:
+    """Whether the transposing kernel does it; torch.compile makes one kernel of a copy and of what is around it."""
+    return not torch.compiler.is_compiling() and 1 not in x.shape[-2:] and supported(x, dtype)
 
 
 def _masked(x: Tensor, mask: Tensor | None) -> Tensor:

@@ -1,5 +1,6 @@
 """Long convolutions: the function, filters, and layers that stream."""
 
+from structmat.nn.longconv.caching import cache_taps
 from structmat.nn.longconv.filters import ExplicitFilter, ImplicitFilter
 from structmat.nn.longconv.functional import circular_convolution, long_convolution
 from structmat.nn.longconv.module import LongConv
@@ -15,6 +16,7 @@ __all__ = [
     "RelaxedState",
     "ShortConv",
     "ShortConvState",
+    "cache_taps",
     "circular_convolution",
     "long_convolution",
 ]

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from structmat._checks import check_int
 from structmat.matrices.displacement._convolution import working
+from structmat.nn.longconv._network import evaluate
 
 _HALF = (torch.float16, torch.bfloat16)
 
@@ -159,20 +160,11 @@ class ImplicitFilter(nn.Module):
         length = _wanted(self, length)
         z, t = self._at(length)
         z, t, deltas, frequency = working(z), working(t), working(self.deltas), working(self.frequency)
-        decay = torch.exp(-t * deltas.abs()) + self.shift
-        taps = []
+        times, rates = t.flatten(), deltas.flatten().abs()
         with torch.autocast("cpu" if z.is_meta else z.device.type, enabled=False):
-            for direction in range(self.directions):
-                h = z
-                for index, layer in enumerate(self.mlps[direction]):  # pyright: ignore[reportArgumentType]
-                    h = torch.sin(frequency * h) if index else h
-                    if isinstance(layer, nn.Linear):
-                        h = F.linear(h, working(layer.weight), None if layer.bias is None else working(layer.bias))
-                    else:  # what surgery has put in its place
-                        h = layer(h)
-                taps.append((h * decay).squeeze(0).mT)
+            taps = evaluate(self.mlps, z, frequency, times, rates, self.shift)
         zeros = length - self.length if self.extend == "zero" else 0
-        return F.pad(torch.stack(taps), (0, zeros)) if zeros > 0 else torch.stack(taps)
+        return F.pad(taps, (0, zeros)) if zeros > 0 else taps
 
     def _at(self, length: int) -> tuple[Tensor, Tensor]:
         if length <= self.length or self.extend == "zero":

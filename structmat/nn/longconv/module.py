@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from structmat._checks import check_int, check_tensor
 from structmat.base import StructuredMatrix
 from structmat.nn.longconv._matrix import toeplitz_of
+from structmat.nn.longconv._registry import taps_of
 from structmat.nn.longconv.filters import ExplicitFilter, ImplicitFilter
 from structmat.nn.longconv.functional import (
     ALGORITHMS,
@@ -145,7 +146,7 @@ class LongConv(nn.Module):
         length = self.length if length is None else check_int("length", length, 0)
         if getattr(self.filter, "extend", None) == "zero" and length > self._window():
             length = self._window()  # min() would stay in the sizes of an exported program
-        taps = self.filter(length)
+        taps = taps_of(self, self.filter, length)
         directions = 2 if self.mode == "bidirectional" else 1
         check_tensor("the filter's output", taps)
         if taps.ndim != 3 or taps.shape[0] != directions or taps.shape[1] not in (1, self.channels):
