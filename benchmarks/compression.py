@@ -15,7 +15,8 @@ Every method is given the same calibration, drawn anew for each seed. Needs `pip
     python benchmarks/compression.py --models smollm2 --seeds 3 --windows 128 --only low --skip several Monarch order
 
 With `--heal SECONDS` the models that the methods named by `--healed` make are trained to do what the dense one does, on
-the calibration data and, for smollm2, on as much of `--text` (any text file, .xz and .gz too); another row each.
+the calibration data or, for smollm2, on the news, `--text` (any text file, .xz and .gz too) and what the dense model
+writes itself (`--own`); another row each.
 """
 
 from __future__ import annotations
@@ -98,7 +99,8 @@ class SmolLM2:
 
         self.model, self.tokenizer = load_smollm2()
         self.model.to(device)
-        self.windows, self.tokens, self.text = args.windows, args.tokens, args.text
+        self.device, self.windows, self.tokens, self.text = device, args.windows, args.tokens, args.text
+        self.own, self.batch = args.own, args.batch
 
     def batches(self, seed: int) -> list[Any]:
         """Windows of 512 tokens, with labels."""
@@ -108,15 +110,30 @@ class SmolLM2:
         return [{"input_ids": part, "labels": part} for part in ids.split(4)]
 
     def lessons(self, seed: int) -> list[Any]:
-        """What the compressed model is healed on: windows of the news and twice as many of the text, 12 in a batch."""
-        from harness.language_model import news, read_text, token_windows
+        """What the compressed model is healed on: windows of the news, of the text, and of what the dense one writes.
 
-        ids = token_windows(self.tokenizer, news(judged=False), 512, 2048, seed)
+        The latter begin with 64 tokens of the news. Twenty documents of the news are left to :meth:`judge`.
+        """
+        from harness.language_model import news, own_windows, read_text, token_windows
+
+        start, text = time.perf_counter(), news(judged=False, held=False)
+        parts = [token_windows(self.tokenizer, text, 512, 1024, seed)]
         if self.text is not None:
-            # The tokenizer takes seconds for every megabyte.
-            more = token_windows(self.tokenizer, read_text(self.text, held=False)[:4_000_000], 512, 4096, seed)
-            ids = torch.cat([ids.view(-1, 4, 512), more.view(-1, 8, 512)], 1).reshape(-1, 512)
-        return [{"input_ids": part} for part in ids.split(12)]
+            parts.append(token_windows(self.tokenizer, read_text(self.text, held=False), 512, 6144, seed))
+        if self.own:
+            prompts = token_windows(self.tokenizer, text, 64, self.own, seed + 1)
+            kind = torch.bfloat16 if self.device.type == "cuda" else None
+            parts.append(own_windows(self.model, prompts, 512, seed=seed, autocast=kind))
+        ids = torch.cat(parts)
+        print(f"    {len(ids)} windows to heal on, made in {time.perf_counter() - start:.0f} s", flush=True)
+        ids = ids[torch.randperm(len(ids), generator=torch.Generator().manual_seed(seed))]
+        return [{"input_ids": part} for part in ids.split(self.batch)]
+
+    def judge(self, model: torch.nn.Module) -> float:
+        """Perplexity on documents that are neither healed on nor reported."""
+        from harness.language_model import news, perplexity
+
+        return perplexity(model, self.tokenizer, news(judged=False, held=True), max_tokens=self.tokens)
 
     def calibrate(self, batches: list[Any]) -> tuple[surgery.Calibration, None]:
         """The moments of inputs and of output gradients."""
@@ -177,12 +194,17 @@ def main() -> None:
     parser.add_argument("--text", type=Path, help="a file to heal on beside the news, for smollm2")
     parser.add_argument("--heal", type=float, metavar="SECONDS", help="to train each of the models of --healed")
     parser.add_argument("--healed", nargs="+", default=["allocated"], help="methods whose names contain one of these")
-    parser.add_argument("--lr", type=float, default=3e-5, help="of healing")
-    parser.add_argument("--budget", type=float, default=float("inf"), help="seconds after which no method is begun")
+    parser.add_argument("--lr", type=float, nargs="+", default=[3e-5], help="of healing; of several the best is taken")
+    parser.add_argument("--own", type=int, default=0, help="windows that the dense model writes itself, for smollm2")
+    parser.add_argument("--batch", type=int, default=16, help="windows in a step of healing, for smollm2")
+    parser.add_argument(
+        "--budget", type=float, default=float("inf"), help="seconds after which no method is begun and none healed"
+    )
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--out", type=Path, default=ROOT / "results", help="folder of the result files")
     args = parser.parse_args()
     device, rows, started = torch.device(args.device), [], time.perf_counter()
+    healing: dict[str, Any] = {}
     os.environ.setdefault("HF_HUB_OFFLINE", "1")  # before transformers is imported: nothing is to be downloaded
     sys.path.insert(0, str(ROOT.parent / "examples"))
     from transformers.utils import logging
@@ -213,12 +235,15 @@ def main() -> None:
                 note(rows, row | {"method": method}, subject.quality(model), time.perf_counter() - start, args, device)
                 if args.heal is not None and any(text in method for text in args.healed):
                     lessons = subject.lessons(seed) if lessons is None and hasattr(subject, "lessons") else lessons
-                    seconds = heal(model, subject.model, lessons or batches, args.heal, args.lr, device)
+                    judge = getattr(subject, "judge", None)
+                    left = min(args.heal, args.budget - (time.perf_counter() - started))
+                    given = model, subject.model, lessons or batches, left, args.lr, device, judge
+                    seconds, healing[f"{name}, {seed}, {method}"] = heal(*given)
                     note(rows, row | {"method": f"{method}, healed"}, subject.quality(model), seconds, args, device)
                 del model
         summary(name, rows)
     facts = about(device) | {"arguments": {k: str(v) for k, v in vars(args).items() if k != "out"}}
-    facts["seconds"] = round(time.perf_counter() - started)
+    facts |= {"seconds": round(time.perf_counter() - started), "healing": healing}
     write_json(args.out / f"compression-{slug(device)}.json", facts)
 
 

@@ -3,20 +3,12 @@
 from structmat import kaleidoscopes, layouts, linalg, models, nn, numeric, surgery, transforms
 from structmat.base import StructuredMatrix, matrix, static
 from structmat.chain import Chain, Pattern
-from structmat.config import (
-    BlockDiagonalConfig,
-    BudgetError,
-    Config,
-    LowRankConfig,
-    MonarchConfig,
-    Projection,
-    config_from_dict,
-    project,
-)
-from structmat.config_block_sparse import BlockSparseConfig, PixelflyConfig
+from structmat.config import BlockDiagonalConfig, BudgetError, Config, LowRankConfig, MonarchConfig, config_from_dict
+from structmat.config_block_sparse import BlockSparseConfig
 from structmat.config_butterfly import ButterflyConfig
 from structmat.config_displacement import LDRConfig
 from structmat.config_pivoted import PivotedLowRankConfig
+from structmat.config_pixelfly import PixelflyConfig
 from structmat.config_sum import SumConfig
 from structmat.lazy import Inverse, Kronecker, Product, Scaled, Sum, Transposed
 from structmat.matrices import (
@@ -56,6 +48,7 @@ from structmat.matrices import (
 )
 from structmat.matrices.displacement import ConditioningWarning
 from structmat.probing import Probe, probe
+from structmat.projecting import Projection, project
 from structmat.projection import Moments
 
 __version__ = "0.1.0"

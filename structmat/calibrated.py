@@ -18,14 +18,21 @@ from structmat.matrices import BlockDiagonal, BlockSparse, LowRank, Monarch, Piv
 from structmat.projection.blockwise import join_slices, slice_ranks, split_slices
 from structmat.projection.moments import Moments
 from structmat.projection.truncated import work_dtype
-from structmat.projection.weighted import SWEEPS, Blocks, Metric, descend
+from structmat.projection.weighted import SWEEPS, Blocks, Metric, improve
 
 # Quasi-Newton steps for classes that are not sums of blocks.
 _STEPS = 60
 
 
 @torch.no_grad()
-def fit(start: StructuredMatrix, W: Tensor, moments: Moments, damping: float, sweeps: int = SWEEPS) -> StructuredMatrix:
+def fit(
+    start: StructuredMatrix,
+    W: Tensor,
+    moments: Moments,
+    damping: float,
+    sweeps: int = SWEEPS,
+    dtype: torch.dtype | None = None,
+) -> StructuredMatrix:
     """A matrix of the structure of ``start``, nearer to W in the metric of the moments, or ``start`` itself.
 
     Sums of dense and low-rank blocks (low rank, block diagonal, block sparse, Monarch, Pixelfly, and sums of them) are
@@ -39,13 +46,18 @@ def fit(start: StructuredMatrix, W: Tensor, moments: Moments, damping: float, sw
         damping: share of the mean of the moments' diagonals that is added to these diagonals. What is made small is
             then the calibrated squared error plus that share of the plain one.
         sweeps: most sweeps over the blocks of a sum of blocks; of L-BFGS ten times as many steps, up to 60.
+        dtype: in which to work; double precision by default. Single is enough to compare sizes and structures.
     """
-    double, metric = work_dtype(W), metric_of(moments, W).damped(damping)
+    double = work_dtype(W) if dtype is None else dtype
+    metric = metric_of(moments, W).damped(damping).to(double)
     target, value = W.to(double), start.to(double)
     parts = _blocks(value)
-    fitted = _polish(value, target, metric, 10 * sweeps) if parts is None else _by_blocks(parts, target, metric, sweeps)
+    if parts is None:
+        fitted, before = _polish(value, target, metric, 10 * sweeps), metric.squared(target - value.to_dense())
+    else:
+        fitted, before = _by_blocks(parts, target, metric, sweeps)
     fitted = fitted.to(start.dtype)
-    before, after = (metric.squared(target - v.to(double).to_dense()) for v in (start, fitted))
+    after = metric.squared(target - fitted.to(double).to_dense())
     return fitted if after < before else start
 
 
@@ -82,11 +94,12 @@ class _Parts:
     build: Callable[[], StructuredMatrix]
 
 
-def _by_blocks(parts: _Parts, W: Tensor, metric: Metric, sweeps: int) -> StructuredMatrix:
+def _by_blocks(parts: _Parts, W: Tensor, metric: Metric, sweeps: int) -> tuple[StructuredMatrix, float]:
+    """The value in the end, and the squared error before."""
     m, n = parts.size
     wide = F.pad(W, (0, n - W.shape[1], 0, m - W.shape[0]))
-    descend(wide, parts.blocks, metric.padded(m, n), sweeps)
-    return parts.build()
+    _, before = improve(wide, parts.blocks, metric.padded(m, n), sweeps)
+    return parts.build(), before
 
 
 def _blocks(value: StructuredMatrix) -> _Parts | None:

@@ -52,6 +52,8 @@ structures, for a weight of m rows and n columns:
                  budget
   blockdiagonal  the blocks on the diagonal, m n / nblocks numbers; --nblocks (4)
                  or a budget
+  pivotedlowrank r of the rows, and the others as their combinations: the same
+                 matrices with r (m + n - r) numbers; --rank or a budget
   butterfly      a product of log n sparse factors; the prime factors of m and n
                  set its size, which a budget has to leave room for
   blocksparse    the blocks of 32 x 32 of the largest norms; a budget

@@ -39,7 +39,7 @@ DEFAULTS: dict[str, Any] = {
     "batch_size": 8,
     "damping": 0.1,
     "heal_steps": 0,
-    "heal_lr": 3e-4,
+    "heal_lr": 3e-5,
     "seed": 0,
 }
 _MODEL_ONLY = (*DEFAULTS, "calibrate", "plan", "length", "compensate", "device", "dtype")
@@ -66,7 +66,7 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
     add("--damping", type=float, metavar="X", help="of the calibration (0.1)")
     add("--compensate", action="store_true", help="layers in order, each for what the compressed ones before it give")
     add("--heal-steps", type=int, metavar="N", help="steps of distillation from the dense model (0)")
-    add("--heal-lr", type=float, metavar="X", help="their learning rate (0.0003)")
+    add("--heal-lr", type=float, metavar="X", help="their learning rate (0.00003)")
     add("--device", metavar="NAME", help="where to compute (cuda if there is one, else cpu)")
     add("--dtype", choices=list(DTYPES), metavar="NAME", help="of the model (as it was saved)")
     add("--seed", type=int, metavar="N", help="of the choice of passages (0)")

@@ -12,10 +12,13 @@ from typing import Any
 from torch import Tensor
 
 from structmat._checks import check_inexact, check_int, check_tensor
-from structmat.config import BlockDiagonalConfig, BudgetError, Config, LowRankConfig, MonarchConfig, project
-from structmat.config_block_sparse import BlockSparseConfig, PixelflyConfig
+from structmat.config import BlockDiagonalConfig, BudgetError, Config, LowRankConfig, MonarchConfig
+from structmat.config_block_sparse import BlockSparseConfig
 from structmat.config_butterfly import ButterflyConfig
 from structmat.config_displacement import LDRConfig
+from structmat.config_pivoted import PivotedLowRankConfig
+from structmat.config_pixelfly import PixelflyConfig
+from structmat.projecting import project
 from structmat.projection.moments import Moments
 from structmat.surgery.costs import measure_seconds
 from structmat.surgery.plot import _AFTER, _ERROR, _INK, _dress, check_plot
@@ -134,9 +137,9 @@ def probe(
         budget: a number of parameters, or a share of the dense m n, in (0, 1].
         moments: of the inputs; errors of the outputs then decide. See :func:`structmat.project`.
         damping: of the moments.
-        configs: the families; budgets in them are replaced. By default low rank, Monarch in 2, 4 and 8 blocks, block
-            diagonal, block sparse and Pixelfly (free blocks of 32, or of a quarter of the shorter side), butterfly and
-            Toeplitz-like.
+        configs: the families; budgets in them are replaced. By default low rank, by two factors and by pivots, Monarch
+            in 2, 4 and 8 blocks, block diagonal, block sparse and Pixelfly (free blocks of 32, or of a quarter of the
+            shorter side), butterfly and Toeplitz-like.
         measure: whether to measure the time of products on the device of W.
 
     Returns:
@@ -207,6 +210,7 @@ def _families(m: int, n: int) -> list[Config]:
     most: dict[str, Any] = {"ratio": 1}
     return [
         LowRankConfig(**most),
+        PivotedLowRankConfig(**most),
         *(MonarchConfig(nblocks=k, **most) for k in (2, 4, 8)),
         BlockDiagonalConfig(**most),
         BlockSparseConfig(block=block, **most),

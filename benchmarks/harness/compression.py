@@ -128,7 +128,7 @@ def with_low_rank(ratio: float) -> Config:
     return SumConfig((MonarchConfig(nblocks=4, ratio=1), LowRankConfig(ratio=1)), (3, 1), ratio=ratio)
 
 
-#: Pixelfly takes ten times as long to fit at several sizes as all of these together.
+#: Pixelfly takes longer to fit at several sizes than all of these together.
 SEVERAL = [low_rank, monarch(2), monarch(4), with_low_rank]
 
 #: By the name that the tables give them, in their order.

@@ -21,6 +21,9 @@ from torch.nn import functional as F
 
 from harness.packaged import package_folder
 
+# Documents that are held out of the news, and characters that are made into tokens at a time.
+_HELD, _PART = 20, 1_000_000
+
 
 def load_smollm2() -> tuple[Any, Any]:
     """Load SmolLM2-135M-Instruct in float32 and evaluation mode, and its tokenizer; nothing is downloaded.
@@ -120,13 +123,50 @@ def token_windows(tokenizer: Any, text: str, length: int, count: int, seed: int 
     return tokens[starts + torch.arange(length)]
 
 
-def news(judged: bool) -> str:
+@torch.no_grad()
+def own_windows(
+    model: Any, prompts: Tensor, length: int, *, seed: int = 0, batch: int = 1024, autocast: torch.dtype | None = None
+) -> Tensor:
+    """What the model writes itself when it goes on with prompts, (count, length) token numbers, sampled as they are.
+
+    To learn what a model does on a kind of text of which there is little.
+
+    Args:
+        model: transformers', with ``generate``.
+        prompts: (count, p) token numbers, p < length.
+        length: of each window, the prompt included.
+        seed: of the sampling, on the CPU and on the model's device; the generators are put back.
+        batch: windows at a time.
+        autocast: dtype of products.
+    """
+    device, found = next(model.parameters()).device, []
+    options: dict[str, Any] = {"do_sample": True, "temperature": 1.0, "top_k": 0, "top_p": 1.0}
+    options |= {"min_new_tokens": length - prompts.shape[1], "max_new_tokens": length - prompts.shape[1]}
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        torch.manual_seed(seed)
+        for part in prompts.split(batch):
+            ids = part.to(device)
+            with torch.autocast(device.type, autocast or torch.bfloat16, enabled=autocast is not None):
+                out = model.generate(ids, attention_mask=torch.ones_like(ids), pad_token_id=0, **options)
+            found.append(out.cpu())
+    return torch.cat(found)
+
+
+def news(judged: bool, held: bool | None = None) -> str:
     """News of about the year 2001 that gensim carries: its 50 judged Lee documents, or the 300 that go with them.
 
     Calibrate on the 300 (75,700 tokens of SmolLM2), evaluate on the 50 (5,100): no document is in both.
+
+    Args:
+        judged: which of the two.
+        held: True for the last twenty documents alone, False for all but these, None for all.
     """
     name = "lee.cor" if judged else "lee_background.cor"
-    return (package_folder("gensim", "gensim") / "test" / "test_data" / name).read_text(encoding="latin-1")
+    text = (package_folder("gensim", "gensim") / "test" / "test_data" / name).read_text(encoding="latin-1")
+    if held is None:
+        return text
+    documents = text.splitlines(keepends=True)
+    return "".join(documents[-_HELD:] if held else documents[:-_HELD])
 
 
 def read_text(path: Path, held: bool) -> str:
@@ -139,6 +179,15 @@ def read_text(path: Path, held: bool) -> str:
 
 
 def _tokens(tokenizer: Any, text: str, count: int | None) -> Tensor:
-    """The text's token numbers, the first `count` of them."""
-    tokens = tokenizer(text, add_special_tokens=False, return_tensors="pt", verbose=False)["input_ids"][0]
-    return tokens[:count]
+    """The text's token numbers, the first `count` of them; a long text in parts, at the same time."""
+    if len(text) <= _PART:
+        return tokenizer(text, add_special_tokens=False, return_tensors="pt", verbose=False)["input_ids"][0][:count]
+    parts, start = [], 0
+    while start < len(text):
+        # Before a space, which belongs to the word behind it.
+        space = text.find(" ", start + _PART)
+        end = len(text) if space < 0 else space
+        parts.append(text[start:end])
+        start = end
+    found = tokenizer(parts, add_special_tokens=False, verbose=False)["input_ids"]
+    return torch.tensor([token for part in found for token in part], dtype=torch.long)[:count]

@@ -13,7 +13,7 @@ from structmat.base import LINEAR_STD, StructuredMatrix, matrix
 from structmat.matrices._blocks import uniform_
 from structmat.matrices.low_rank import LowRank
 from structmat.matrices.permutation import _gather
-from structmat.projection.truncated import truncated_svd, work_dtype
+from structmat.projection.truncated import GRAM_SHARE_SINGLE, truncated_svd, work_dtype
 
 
 class _Traced(torch.autograd.Function):
@@ -201,7 +201,9 @@ class PivotedLowRank(StructuredMatrix):
         check_int("rank", rank)
         if rank > min(W.shape[-2:]):
             raise ValueError(f"rank must be at most min(m, n) = {min(W.shape[-2:])} for W of shape {tuple(W.shape)}")
-        left, right, lost = truncated_svd(W.to(work_dtype(W)), rank)
+        # In double precision throughout, but no more exactly than W's own precision asks for.
+        share = GRAM_SHARE_SINGLE if W.dtype != work_dtype(W) else None
+        left, right, lost = truncated_svd(W.to(work_dtype(W)), rank, gram_share=share)
         value = cls.from_low_rank(LowRank(left, right))
         return value.to(W.dtype), lost
 

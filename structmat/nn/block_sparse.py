@@ -8,11 +8,11 @@ import torch
 from torch import nn
 
 from structmat._checks import check_int
-from structmat.config import project
-from structmat.config_block_sparse import PixelflyConfig
+from structmat.config_pixelfly import PixelflyConfig
 from structmat.layouts import Layout
 from structmat.matrices import BlockSparse
 from structmat.nn.linear import StructuredLinear, check_linear
+from structmat.projecting import project
 
 
 def _shape(in_features: Any, out_features: Any) -> tuple[int, int]:

@@ -8,7 +8,7 @@ from typing import Any, Self
 import torch
 from torch import nn
 
-from structmat.config_block_sparse import PixelflyConfig, beside
+from structmat.config_pixelfly import PixelflyConfig, beside
 from structmat.layouts import Layout, random, top_k
 from structmat.matrices import BlockSparse, Pixelfly
 from structmat.nn.conv import PatchConv2d

@@ -11,8 +11,9 @@ from torch import Tensor, nn
 from structmat._autocast import match_bias
 from structmat._checks import check_tensor
 from structmat.base import StructuredMatrix
-from structmat.config import Config, project
+from structmat.config import Config
 from structmat.nn.parameters import MatrixParameters
+from structmat.projecting import project
 
 
 class StructuredLinear(nn.Module):

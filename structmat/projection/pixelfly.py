@@ -19,6 +19,8 @@ _SMALLEST_STEP = 1e-4
 _SWEEPS_A_CHOICE, _CHOICES = 4, 60
 # Eigenvalues of normal matrices, of at most 1, below which a direction is not seen outside of the blocks.
 _UNSEEN = 1e-9
+# Squares of pivots, below which a pseudo-inverse looks for such directions.
+_WELL_SEEN = 1e-4
 
 
 def _norm(W: Tensor) -> Tensor:
@@ -221,9 +223,16 @@ def _rows(residual: Tensor, right: Tensor, cells: Tensor, block: tuple[int, int]
     pieces = F.pad(right, (0, nb * bi - n)).unflatten(-1, (nb, bi)).movedim(-2, -3)  # (G, nb, r, bi)
     grams = pieces @ pieces.mH
     seen = torch.einsum("ij,gjrs->girs", cells.to(grams.dtype), grams)
-    inverse = torch.linalg.pinv(seen, atol=_UNSEEN, hermitian=True)
     projected = F.pad(residual @ right.mH, (0, 0, 0, mb * bo - m)).unflatten(-2, (mb, bo))
-    return (projected @ inverse).flatten(-3, -2)[:, :m]
+    # A factorisation takes a twentieth of the time of a pseudo-inverse, and serves where all directions are seen.
+    lower, failed = torch.linalg.cholesky_ex(seen)
+    poor = (failed != 0) | (lower.diagonal(dim1=-2, dim2=-1).real.square().amin(-1) < _WELL_SEEN)
+    if poor.any():
+        lower[poor] = torch.eye(lower.shape[-1], dtype=lower.dtype, device=lower.device)
+    found = torch.cholesky_solve(projected.mH, lower).mH
+    if poor.any():
+        found[poor] = projected[poor] @ torch.linalg.pinv(seen[poor], atol=_UNSEEN, hermitian=True)
+    return found.flatten(-3, -2)[:, :m]
 
 
 def _balanced(left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:

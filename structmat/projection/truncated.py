@@ -6,8 +6,9 @@ import torch
 from torch import Tensor
 
 # Through the Gram matrix the squared error is off by about eps * |W|^2. Where the discarded part is at least this share
-# of |W|^2, that is a relative error of the error below 1e-13; elsewhere the full decomposition is taken.
-_GRAM_SHARE = 1e-2
+# of |W|^2, that is a relative error of the error below 1e-13; elsewhere the full decomposition is taken, which is
+# slower, on GPUs very much so. Of matrices in single precision and less, below 1e-9: they round by more.
+_GRAM_SHARE, GRAM_SHARE_SINGLE = 1e-2, 1e-6
 # Entries decomposed at a time: bounds the float64 workspace to a few times 32 MiB.
 _CHUNK = 1 << 22
 
@@ -21,18 +22,23 @@ def work_dtype(W: Tensor) -> torch.dtype:
 
 
 @torch.no_grad()
-def truncated_svd(W: Tensor, rank: int, keep: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+def truncated_svd(
+    W: Tensor, rank: int, keep: Tensor | None = None, gram_share: float | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
     """The best approximation ``left @ right`` of rank at most ``rank`` of every matrix of a batch (Eckart-Young).
 
     The work is done in double precision; singular values are split evenly between the factors, which are rounded to
     W's dtype at the end. Where the discarded singular values are not small, the leading subspace comes from the
     eigenvectors of the smaller Gram matrix (3 to 4 times faster on a CPU), else from a full SVD; both are accurate to
-    about 1e-13 relative to the optimal error. No gradient.
+    about 1e-13 relative to the optimal error, 1e-9 of W in single precision or less. No gradient.
 
     Args:
         W: shape (*batch, m, n), floating point or complex.
         rank: inner size of the factors; beyond min(m, n) they are filled with zeros.
         keep: integers of shape (*batch): how many components to keep in each matrix, at most ``rank``.
+        gram_share: the Gram matrix is taken where the discarded part has at least this share of the square of W's
+            norm. The squared error is then off by some 1e-15 of the whole, and so by 1e-15 over the share of itself. By
+            default 0.01, and 1e-6 where W is in single precision or less.
 
     Returns:
         ``left`` (*batch, m, rank), ``right`` (*batch, rank, n) and the norm of the discarded singular values of
@@ -58,19 +64,23 @@ def truncated_svd(W: Tensor, rank: int, keep: Tensor | None = None) -> tuple[Ten
     right = torch.zeros((flat.shape[0], rank, n), dtype=W.dtype, device=W.device)
     lost = torch.zeros(flat.shape[0], dtype=double.to_real(), device=W.device)
     top = min(rank, m, n)
+    if gram_share is None:
+        gram_share = _GRAM_SHARE if W.dtype in (torch.float64, torch.complex128) else GRAM_SHARE_SINGLE
     step = max(1, _CHUNK // max(m * n, 1))
     for start in range(0, flat.shape[0], step):
         part = slice(start, start + step)
-        u, v, tail = _decompose(flat[part], double, top, kept[part])
+        u, v, tail = _decompose(flat[part], double, top, kept[part], gram_share)
         left[part, :, :top], right[part, :top], lost[part] = u.to(W.dtype), v.to(W.dtype), tail
     return left.reshape(*batch, m, rank), right.reshape(*batch, rank, n), lost.reshape(batch)
 
 
-def _decompose(W: Tensor, double: torch.dtype, rank: int, keep: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _decompose(
+    W: Tensor, double: torch.dtype, rank: int, keep: Tensor, gram_share: float
+) -> tuple[Tensor, Tensor, Tensor]:
     if rank == min(W.shape[-2:]):
         return _by_svd(W.to(double), rank, keep)
     left, right, lost2, total = _by_gram(W, double, rank, keep)
-    unsafe = ~(lost2 > _GRAM_SHARE * total)  # also where all is zero or not finite
+    unsafe = ~(lost2 > gram_share * total)  # also where all is zero or not finite
     lost = lost2.clamp_min(0).sqrt()
     if unsafe.any():
         index = unsafe.nonzero().squeeze(-1)

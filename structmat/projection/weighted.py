@@ -12,7 +12,7 @@ import dataclasses
 import torch
 from torch import Tensor
 
-from structmat.projection.truncated import truncated_svd
+from structmat.projection.truncated import GRAM_SHARE_SINGLE, truncated_svd
 
 # A sweep that takes off less than this share of the squared error is the last one: on the layers of MiniLM that is
 # after about twelve, within 3 % of the error that sixty sweeps reach.
@@ -59,8 +59,12 @@ class Metric:
         """With ``share`` of the mean of its diagonal added to each diagonal: directions that no input showed count."""
         return Metric(_damped(self.S, share), None if self.T is None else _damped(self.T, share))
 
+    def to(self, dtype: torch.dtype) -> Metric:
+        """The same in another precision."""
+        return self if dtype == self.S.dtype else Metric(self.S.to(dtype), None if self.T is None else self.T.to(dtype))
+
     def squared(self, E: Tensor) -> float:
-        """The square of the norm of E (m, n), in double precision."""
+        """The square of the norm of E (m, n), of the metric's dtype."""
         weighted = E @ self.S if self.T is None else self.T @ E @ self.S
         return max(torch.sum((E.conj() * weighted).real).item(), 0.0)
 
@@ -83,7 +87,8 @@ def _padded(moments: Tensor, size: int) -> Tensor:
     return wide
 
 
-def _cholesky(moments: Tensor) -> Tensor:
+def cholesky(moments: Tensor) -> Tensor:
+    """The lower factor of moments; raises unless they are positive definite."""
     factor, failed = torch.linalg.cholesky_ex(moments)
     if failed.any():
         raise ValueError(
@@ -117,22 +122,28 @@ def descend(W: Tensor, terms: list[Blocks], metric: Metric, sweeps: int = SWEEPS
 
     Cost: 2 m n^2 operations a sweep, 2 m n (m + n) with T for each term; and the decompositions of all blocks.
     """
+    return metric.squared(improve(W, terms, metric, sweeps)[0])
+
+
+@torch.no_grad()
+def improve(W: Tensor, terms: list[Blocks], metric: Metric, sweeps: int) -> tuple[Tensor, float]:
+    """As :func:`descend`; returns what is left, and the square of the norm of what was left before the first sweep."""
     rest = W.clone()
     for term in terms:
         _add(rest, term, slice(None), -term.product())
-    error = metric.squared(rest)
+    before = error = metric.squared(rest)
     steps: list[tuple[Blocks, slice, Tensor]] = []
     for term in terms:
         # With T the rows of a term's blocks are coupled: one after the other.
         parts = [slice(None)] if metric.T is None else [slice(i, i + 1) for i in range(len(term.rows))]
-        lower = _cholesky(metric.S[term.cols[:, None], term.cols])
+        lower = cholesky(metric.S[term.cols[:, None], term.cols])
         steps += [(term, part, lower) for part in parts]
     for _ in range(sweeps):
         gained = sum(_step(rest, term, part, metric, lower) for term, part, lower in steps)
         error = max(error - gained, 0.0)
         if len(steps) == 1 or gained <= _SMALLEST_STEP * error:
             break
-    return metric.squared(rest)
+    return rest, before
 
 
 @torch.no_grad()
@@ -154,8 +165,8 @@ def low_rank_losses(W: Tensor, metric: Metric, damping: float) -> tuple[Tensor, 
         ValueError: if the damped metric is singular.
     """
     damped = metric.damped(damping)
-    lower = _cholesky(damped.S)
-    upper = None if damped.T is None else _cholesky(damped.T).mH
+    lower = cholesky(damped.S)
+    upper = None if damped.T is None else cholesky(damped.T).mH
     seen = (W if upper is None else upper @ W) @ lower
     # The singular vectors of the shorter side, from the smaller Gram matrix: several times faster than the whole
     # decomposition, and seen = seen V V^H to rounding whatever their order among tiny singular values.
@@ -185,7 +196,7 @@ def _step(rest: Tensor, term: Blocks, index: slice, metric: Metric, lower: Tenso
         upper = None
         slope = (rest[rows.flatten()] @ metric.S[:, term.cols]).unflatten(0, rows.shape)
     else:
-        upper = _cholesky(metric.T[rows[0][:, None], rows[0]]).mH
+        upper = cholesky(metric.T[rows[0][:, None], rows[0]]).mH
         slope = (metric.T[rows[0]] @ rest @ metric.S[:, term.cols])[None]
         slope = torch.linalg.solve_triangular(upper.mH, slope, upper=False)
     change = torch.linalg.solve_triangular(lower.mH, slope, upper=True, left=False)
@@ -197,7 +208,7 @@ def _step(rest: Tensor, term: Blocks, index: slice, metric: Metric, lower: Tenso
         term.left[index] = new
     else:
         keep = None if term.keep is None else term.keep[index]
-        left, right, lost = truncated_svd(target, term.right.shape[-2], keep)
+        left, right, lost = truncated_svd(target, term.right.shape[-2], keep, GRAM_SHARE_SINGLE)
         gained = gained - lost.square().sum()
         term.left[index] = _back(left, upper)
         term.right[index] = torch.linalg.solve_triangular(lower, right, upper=False, left=False)

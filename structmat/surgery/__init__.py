@@ -7,7 +7,7 @@ from structmat.surgery.carry import carry_optimizer
 from structmat.surgery.checkpoint import load_file, save_file
 from structmat.surgery.costs import measure_seconds
 from structmat.surgery.densify import densify_
-from structmat.surgery.healing import HealReport, heal, healing_loss, healing_trainer
+from structmat.surgery.healing import HealReport, heal, healing_loss, healing_trainer, learning_rates
 from structmat.surgery.hidden_units import HiddenUnits
 from structmat.surgery.latency import Speed, Speeds, measure_latency, slower_layers
 from structmat.surgery.permuting import PermuteReport, permute_hidden_
@@ -39,6 +39,7 @@ __all__ = [
     "heal",
     "healing_loss",
     "healing_trainer",
+    "learning_rates",
     "load_file",
     "load_pretrained",
     "measure_latency",

@@ -19,7 +19,7 @@ from structmat.surgery.costs import Cost, Costs
 from structmat.surgery.fitting import check_moments, own_bias, own_biases
 from structmat.surgery.plan import Allocation
 from structmat.surgery.points import Budget, check_least, choose, probe_layers
-from structmat.surgery.replace import _check_values, _report
+from structmat.surgery.replace import check_values, report_of
 from structmat.surgery.rules import WeightFn
 from structmat.surgery.selection import Configs, FilterFn, Selection, Target, count_params, dense_shape, select
 
@@ -77,8 +77,9 @@ def allocate(
     layers can be compared, give as ``weight`` what :func:`sensitivity` measured; or calibrate with gradients, which
     bring each layer's T. Where neither is given, errors count relative to the layer's outputs: weight is then
     ``1 / E |W x|^2``. The points of low rank are those of all ranks (from one decomposition a layer); other
-    structures are fitted on the ladder, but for sizes below 5 % other than the smallest, by two sweeps: errors in the
-    report are then a few per cent above those that :func:`compress_` reaches, with the same calibration and damping.
+    structures are fitted on the ladder, but for sizes below 5 % other than the smallest, by a few sweeps, in single
+    precision where weights are: errors in the report are then a few per cent above those that :func:`compress_`
+    reaches, with the same calibration and damping.
 
     Args:
         model: any module that contains linear layers.
@@ -184,7 +185,7 @@ def _least_error(
     damping: float,
     hidden: bool | None,
 ) -> Allocation:
-    _check_values(selection)
+    check_values(selection)
     targets, moments = selection.targets, None
     if calibration is not None:
         check_moments(targets, calibration)
@@ -291,5 +292,5 @@ def _size(name: str, module: nn.Module) -> float:
 def _allocation(model: nn.Module, selection: Selection, chosen: list[rules.Option], **values: Any) -> Allocation:
     # Names with brackets or stars, which the keys of an nn.ModuleDict may have, are no patterns.
     configs = {glob.escape(option.row.name): option.config for option in chosen if option.config is not None}
-    report = _report(selection, [option.row for option in chosen], count_params(model), dry_run=True)
+    report = report_of(selection, [option.row for option in chosen], count_params(model), dry_run=True)
     return Allocation(configs, report=report, **values)

@@ -11,17 +11,18 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from structmat.nn import StructuredLinear
+from structmat.surgery.batches import call, device_of, to_device
 from structmat.surgery.calibration import Calibration
 from structmat.surgery.collect import Collector, Layer
 from structmat.surgery.selection import (
     FilterFn,
-    _owners,
-    _ties,
     check_model,
     dense_shape,
     is_linear_like,
     module_names,
+    owners_of,
     refusal,
+    ties,
 )
 
 
@@ -39,7 +40,8 @@ def calibrate(
 
     Watched are the layers that :func:`compress_` would replace (exact ``nn.Linear`` and transformers' ``Conv1D``,
     untied), structured linear layers, and convolutions (``nn.Conv1d``, ``nn.Conv2d``) that are linear layers at every
-    position: kernel 1, one group, no padding, whatever stride. A layer that is called several times gathers all its
+    position: kernel 1, one group, no padding, whatever stride. (These :func:`compress_` leaves alone: their moments are
+    for :func:`structmat.project`.) A layer that is called several times gathers all its
     inputs. The model runs in evaluation mode, uncompiled, and is left as it was, after an exception too.
 
     Of a mapping with an ``attention_mask`` of shape (B, T), positions where it is zero are left out of inputs of shape
@@ -66,7 +68,7 @@ def calibrate(
             or not (a mean would make the weight of an item depend on the size of its batch). By default the ``loss``
             of a transformers model, times the number of labels of which it is the mean.
         forward: called with the model and the batch in place of ``model(...)``, for batches of any type; tensors,
-            tuples, lists and mappings (as dicts) have been moved, others not.
+            tuples, lists and mappings (as dicts) have been moved, and what else has a method ``to``.
         progress: whether to show a progress bar; None shows it on a terminal.
         dtype: in which rows are multiplied: float64 by default, and float32 where the device has no other. Float32 is
             far faster on GPUs without float64 tensor cores; TF32 is used if torch is told so. Sums over batches are
@@ -93,16 +95,16 @@ def calibrate(
     _check_arguments(model, batches, loss_fn, gradients, dtype)
     layers, aliases = _find(model, filter_fn)
     collector = Collector(layers, gradients, dtype)
-    device = next((t.device for t in (*model.parameters(), *model.buffers())), torch.device("cpu"))
+    device = device_of(model)
     hidden = None if progress is None else not progress  # None: shown on a terminal only
     index = -1
-    with _undisturbed(model, gradients), collector:
+    with undisturbed(model, gradients), collector:
         for index, batch in enumerate(tqdm(batches, "calibrating", disable=hidden)):
-            batch = _moved(batch, device)
+            batch = to_device(batch, device)
             mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
             known = isinstance(mask, Tensor) and mask.ndim == 2 and not bool(mask.all())
             collector.mask = mask != 0 if known else None
-            outputs = _call(model, batch) if forward is None else forward(model, batch)
+            outputs = call(model, batch) if forward is None else forward(model, batch)
             collector.end_forward(index)
             if gradients:
                 collector.backward(_loss(model, outputs, batch, loss_fn, index), index)
@@ -127,10 +129,10 @@ def _find(model: nn.Module, filter_fn: FilterFn | None) -> tuple[list[Layer], di
     """The layers to watch, and the first name for every other name of theirs."""
     layers: list[Layer] = []
     aliases: dict[str, str] = {}
-    owners = _owners(model)
+    owners = owners_of(model)
     for module, (name, *others) in module_names(model).items():
         layer = _layer(name, module)
-        if layer is None or (not isinstance(module, StructuredLinear) and _ties(module, [name, *others], owners)):
+        if layer is None or (not isinstance(module, StructuredLinear) and ties(module, [name, *others], owners)):
             continue
         if filter_fn is None or filter_fn(name, module):
             layers.append(layer)
@@ -165,7 +167,7 @@ def _pointwise(conv: Any) -> bool:
 
 # ---------------------------------------------------------------- the passes
 @contextlib.contextmanager
-def _undisturbed(model: nn.Module, gradients: bool) -> Iterator[None]:
+def undisturbed(model: nn.Module, gradients: bool) -> Iterator[None]:
     """Evaluation mode, frozen parameters and no compiled or fused paths around the layers' hooks; restored at the end.
 
     Frozen, because the activations that the weights' gradients would need are then not kept.
@@ -190,29 +192,6 @@ def _undisturbed(model: nn.Module, gradients: bool) -> Iterator[None]:
             parameter.requires_grad_(True)
         for module, mode in training.items():
             module.training = mode  # not train(mode), which some models override
-
-
-def _moved(batch: Any, device: torch.device) -> Any:
-    """A batch with its tensors on the device, and without their graphs."""
-    if isinstance(batch, Tensor):
-        return batch.detach().to(device)
-    if isinstance(batch, Mapping):
-        return {key: _moved(value, device) for key, value in batch.items()}
-    if type(batch) in (tuple, list):
-        return type(batch)(_moved(value, device) for value in batch)
-    return batch
-
-
-def _call(model: nn.Module, batch: Any) -> Any:
-    if isinstance(batch, Mapping):
-        return model(**batch)
-    if isinstance(batch, (tuple, list)):
-        return model(*batch)
-    if isinstance(batch, Tensor):
-        return model(batch)
-    raise TypeError(
-        f"a batch must be a mapping, tuple, list or tensor, got a {type(batch).__name__}; for others, give forward"
-    )
 
 
 def _loss(model: nn.Module, outputs: Any, batch: Any, loss_fn: Callable[[Any, Any], Any] | None, index: int) -> Tensor:

@@ -17,8 +17,9 @@ from torch import Tensor
 from tqdm import tqdm
 
 from structmat.base import StructuredMatrix
-from structmat.config import Config, project
+from structmat.config import Config
 from structmat.nn import MatrixParameters
+from structmat.projecting import project
 from structmat.surgery.candidates import Candidate, choose, natural
 from structmat.surgery.densify import to_dense
 from structmat.surgery.output import check_output, staging

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from structmat.base import StructuredMatrix
-from structmat.config import Projection, project
+from structmat.projecting import Projection, project
 from structmat.projection.moments import Moments
 from structmat.projection.truncated import work_dtype
 from structmat.surgery.selection import Target

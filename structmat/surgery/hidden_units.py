@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from structmat.surgery.selection import _owners, _ties, dense_shape, is_linear_like, module_names, refusal
+from structmat.surgery.selection import dense_shape, is_linear_like, module_names, owners_of, refusal, ties
 
 # Below one module: layers that make hidden units, and the layer that reads them.
 _MLPS = (
@@ -142,7 +142,7 @@ def _others(parent: nn.Module, layers: list[Any], sizes: set[int], what: str) ->
 
 
 def _problem(model: nn.Module, units: HiddenUnits) -> str | None:
-    owners, names, modules = _owners(model), module_names(model), dict(model.named_modules(remove_duplicate=False))
+    owners, names, modules = owners_of(model), module_names(model), dict(model.named_modules(remove_duplicate=False))
     if not units.first:
         return "there is no layer that makes the units"
     for name in units.names:
@@ -152,8 +152,8 @@ def _problem(model: nn.Module, units: HiddenUnits) -> str | None:
         if not is_linear_like(layer):
             return f"{name} is a {type(layer).__name__}, not a dense linear layer"
         reason = refusal(layer)
-        if reason is None and (ties := _ties(layer, names[layer], owners)):
-            reason = f"its weight is tied to {', '.join(ties)}"
+        if reason is None and (others := ties(layer, names[layer], owners)):
+            reason = f"its weight is tied to {', '.join(others)}"
         bias = layer._parameters.get("bias")
         places = sum(p is bias for module in names for p in module._parameters.values())
         if bias is not None and name != units.second and places > 1:

@@ -13,9 +13,10 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from structmat.config import Projection
+from structmat.projecting import Projection
 from structmat.projection.moments import Moments
-from structmat.surgery.calibrating import _call, _moved, _undisturbed, calibrate
+from structmat.surgery.batches import call, device_of, to_device
+from structmat.surgery.calibrating import calibrate, undisturbed
 from structmat.surgery.fitting import fit_layer, own_bias, own_biases
 from structmat.surgery.selection import Target
 from structmat.surgery.swap import disable_fused_encoder, structured_like, swap
@@ -89,8 +90,8 @@ def _groups(model: nn.Module, names: list[str], batch: Any) -> list[list[str]]:
 
     handles = [model.get_submodule(n).register_forward_pre_hook(watch(n), with_kwargs=True) for n in names]
     try:
-        with _undisturbed(model, gradients=False):
-            _call(model, _moved(batch, _device(model)))
+        with undisturbed(model, gradients=False):
+            call(model, to_device(batch, device_of(model)))
     finally:
         for handle in handles:
             handle.remove()
@@ -118,7 +119,7 @@ def _seen(model: nn.Module, group: list[str], batches: list[Any]) -> Mapping[str
         nonlocal calls, expected
         calls = 0
         with contextlib.suppress(_Reached):
-            _call(model, batch)
+            call(model, batch)
             # The first batch runs to its end. Later ones stop behind the layer's call if it had just one: how often
             # a layer runs that is called again may depend on the batch.
             expected = 1 if calls == 1 else 0
@@ -128,7 +129,3 @@ def _seen(model: nn.Module, group: list[str], batches: list[Any]) -> Mapping[str
         return calibrate(model, batches, lambda name, _: name in group, forward=forward, progress=False)
     finally:
         handle.remove()
-
-
-def _device(model: nn.Module) -> torch.device:
-    return next((t.device for t in (*model.parameters(), *model.buffers())), torch.device("cpu"))

@@ -12,8 +12,9 @@ from torch.utils.benchmark import Timer
 
 from structmat._checks import check_int
 from structmat.nn import StructuredLinear
+from structmat.surgery.batches import device_of, to_device
 from structmat.surgery.costs import cost_key, measure_seconds
-from structmat.surgery.healing.feed import call, device_of, to_device
+from structmat.surgery.healing.feed import call_model
 from structmat.surgery.report import align
 from structmat.surgery.selection import check_model, module_names
 from structmat.surgery.spec import structure_name
@@ -164,10 +165,10 @@ def _model_seconds(model: nn.Module, batch: Any, min_run_time: float) -> float:
         model.eval()
         with torch.no_grad():
             for _ in range(2):  # kernels are compiled and tuned by the first calls
-                call(model, batch, None)
+                call_model(model, batch, None)
             timer = Timer(
                 "call(model, batch, None)",
-                globals={"call": call, "model": model, "batch": batch},
+                globals={"call": call_model, "model": model, "batch": batch},
                 num_threads=torch.get_num_threads(),
             )
             return timer.blocked_autorange(min_run_time=min_run_time).median

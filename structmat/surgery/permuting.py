@@ -12,15 +12,16 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from structmat.calibrated import _OF_CLASS
-from structmat.config import Config, project
+from structmat.config import Config
 from structmat.lazy import Sum
 from structmat.permutation_search import Member, head_order, permuted_moments, search_order
+from structmat.projecting import project
 from structmat.projection.moments import Moments
 from structmat.projection.truncated import work_dtype
 from structmat.surgery.calibration import Calibration
 from structmat.surgery.healing.models import kept
 from structmat.surgery.hidden_units import HiddenUnits, check_units, find_units
-from structmat.surgery.selection import Configs, _patterns, check_model, dense_weight
+from structmat.surgery.selection import Configs, check_model, dense_weight, patterns_of
 from structmat.surgery.spec import is_conv1d
 
 # How far outputs may move, relative to their norm, by the bytes of their numbers: sums are taken in another order.
@@ -125,7 +126,7 @@ def permute_hidden_(
         [(0.5, 0.0), (0.5, 0.0)]
     """
     check_model(model)
-    patterns = _patterns(config)
+    patterns = patterns_of(config)
     units, left = find_units(model) if pairs is None else ([], [])
     units = check_units(model, units if pairs is None else pairs)
     modules = dict(model.named_modules(remove_duplicate=False))

@@ -10,14 +10,15 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from structmat.calibrated import fit, metric_of
-from structmat.config import BudgetError, Config, LowRankConfig, project
+from structmat.calibrated import metric_of
+from structmat.config import BudgetError, Config, LowRankConfig
+from structmat.projecting import project
 from structmat.projection.moments import Moments
 from structmat.projection.truncated import work_dtype
 from structmat.projection.weighted import low_rank_losses
 from structmat.surgery.costs import Costs
 from structmat.surgery.knapsack import knapsack
-from structmat.surgery.replace import _row
+from structmat.surgery.replace import row_of
 from structmat.surgery.rules import Option, dense, ladder, with_budget
 from structmat.surgery.selection import Target
 
@@ -90,7 +91,7 @@ def probe_layers(
 def _plain(target: Target, ratio: float | None, levels: int, costs: Costs, size: float) -> Iterator[Option]:
     for config in ladder(target, ratio, levels):
         result = project(target.weight, config)
-        row = _row(target, result.matrix, result)
+        row = row_of(target, result.matrix, result)
         yield Option(config, row.params_after, result.error**2 * size, row, costs(result.matrix))
 
 
@@ -102,17 +103,16 @@ def _calibrated(
     metric = metric_of(moments, double)
     size, plain_size = metric.squared(double) or 1.0, double.abs().square().sum().item() or 1.0
     configs = ladder(target, ratio, levels)
-    low = _LOW * target.weight.numel()
+    low, shared = _LOW * target.weight.numel(), {}
     for config in [c for i, c in enumerate(configs) if i == 0 or (c.max_params or 0) >= low]:
-        matrix = config._project(target.weight)[0]
-        if type(config)._calibrate is Config._calibrate:
-            matrix = fit(matrix, target.weight, moments, damping, _SWEEPS)
-        else:  # what such a class takes in the end may have another number of parameters
-            matrix = config._calibrate(matrix, target.weight, moments, damping)
+        matrix = config._sketch(target.weight, moments, damping, _SWEEPS, shared)
+        # What another search finds in the end is to have no more parameters.
+        if type(config)._sketch is not Config._sketch and matrix.num_params < (config.max_params or 0):
+            config = dataclasses.replace(config, max_params=matrix.num_params)
         missed = double - matrix.to(double.dtype).to_dense()
         loss, plain = metric.squared(missed), missed.abs().square().sum().item()
         errors = {"error": math.sqrt(plain / plain_size), "calibrated_error": math.sqrt(loss / size)}
-        row = dataclasses.replace(_row(target, matrix), **errors)
+        row = dataclasses.replace(row_of(target, matrix), **errors)
         yield Option(config, row.params_after, loss, row, costs(matrix))
 
 
@@ -135,7 +135,7 @@ def _low_rank(
         device = "meta" if costs.cost == "params" else W.device
         value = config.random(target.shape, dtype=W.dtype, device=device)
         errors = {"error": _share(plain, rank), "calibrated_error": _share(losses, rank)}
-        row = dataclasses.replace(_row(target, value), **errors)
+        row = dataclasses.replace(row_of(target, value), **errors)
         yield Option(config, row.params_after, losses[rank], row, costs(value))
 
 

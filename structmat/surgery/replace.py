@@ -13,7 +13,8 @@ from torch import nn
 from tqdm import tqdm
 
 from structmat.base import StructuredMatrix
-from structmat.config import BudgetError, Projection
+from structmat.config import BudgetError
+from structmat.projecting import Projection
 from structmat.projection.moments import Moments
 from structmat.surgery.fitting import check_moments, fit_layer, own_bias, own_biases
 from structmat.surgery.in_order import fit_in_order
@@ -47,7 +48,10 @@ def compress_(
     Layers of exact type ``nn.Linear`` and transformers' ``Conv1D`` are projected by :func:`structmat.project`. The new
     ones keep bias, dtype, device, training mode, ``requires_grad``, hooks, extra attributes and every place in the
     model under which the old one stood. Subclasses, parametrized layers and layers whose weight another module shares
-    are left alone, and the report says why. Either all layers that the config names are replaced or, after an error
+    are left alone, and the report says why. Convolutions are none of these layers, those of kernel 1 neither, although
+    :func:`calibrate` watches them: project ``conv.weight.flatten(1)`` with the moments of such a one by
+    :func:`structmat.project`, and put a :class:`structmat.nn.StructuredLinear` in its place that is given the channels
+    last. Either all layers that the config names are replaced or, after an error
     or an interruption, none: until the last one is ready, the old weights and the new ones are both in memory.
 
     With a calibration the outputs of the layers are kept instead of the entries of their weights: see
@@ -94,9 +98,9 @@ def compress_(
         (2688, 1360)
     """
     selection = _select(model, config, filter_fn)
-    sketches = _sketch(selection)
+    sketches = sketch_all(selection)
     if not dry_run:
-        _check_values(selection)
+        check_values(selection)
     if calibration is not None:
         check_moments(selection.targets, calibration)
     elif compensate is not None:
@@ -104,8 +108,8 @@ def compress_(
     before, own = count_params(model), own_biases(model)
     hidden = True if dry_run else None if progress is None else not progress  # None: shown on a terminal only
     if dry_run:
-        rows = [_row(target, sketch) for target, sketch in zip(selection.targets, sketches, strict=True)]
-        return _report(selection, rows, before, dry_run)
+        rows = [row_of(target, sketch) for target, sketch in zip(selection.targets, sketches, strict=True)]
+        return report_of(selection, rows, before, dry_run)
     if compensate is not None and calibration is not None:
         fitted = fit_in_order(model, selection.targets, calibration, damping, compensate, hidden)
     else:
@@ -118,7 +122,7 @@ def compress_(
     rows, layers, biases = [], [], []
     for target in selection.targets:
         result, corrected, seconds = fitted[target.name]
-        rows.append(_row(target, result.matrix, result, seconds))
+        rows.append(row_of(target, result.matrix, result, seconds))
         layers.append((target.module, structured_like(target.module, result.matrix)))
         if corrected is not None:
             biases.append((own_bias(target, own), corrected))
@@ -127,7 +131,7 @@ def compress_(
         for bias, corrected in biases:
             bias.copy_(corrected)
     disable_fused_encoder(model)
-    return _report(selection, rows, before, dry_run=False)
+    return report_of(selection, rows, before, dry_run=False)
 
 
 def replace_(
@@ -162,7 +166,7 @@ def replace_(
         512
     """
     selection = _select(model, config, filter_fn)
-    sketches = _sketch(selection)
+    sketches = sketch_all(selection)
     before, layers = count_params(model), []
     for target in selection.targets:
         weight = target.weight
@@ -172,8 +176,8 @@ def replace_(
         layers.append((target.module, structured_like(target.module, value, fresh_bias=True)))
     swap(model, layers)
     disable_fused_encoder(model)
-    rows = [_row(target, sketch) for target, sketch in zip(selection.targets, sketches, strict=True)]
-    return _report(selection, rows, before, dry_run=False)
+    rows = [row_of(target, sketch) for target, sketch in zip(selection.targets, sketches, strict=True)]
+    return report_of(selection, rows, before, dry_run=False)
 
 
 # ---------------------------------------------------------------- what compress_ and replace_ share
@@ -184,7 +188,7 @@ def _select(model: nn.Module, config: Configs, filter_fn: FilterFn | None) -> Se
     return select(model, config, filter_fn)
 
 
-def _sketch(selection: Selection) -> list[StructuredMatrix]:
+def sketch_all(selection: Selection) -> list[StructuredMatrix]:
     """The new weights without memory; raises for all layers that cannot take their config."""
 
     def sketch(target: Target) -> Callable[[], StructuredMatrix]:
@@ -226,7 +230,8 @@ def collect(
     return done
 
 
-def _check_values(selection: Selection) -> None:
+def check_values(selection: Selection) -> None:
+    """Raise unless all weights are there and finite."""
     meta = [t.name for t in selection.targets if t.weight.device.type == "meta"]
     if meta:
         raise ValueError(
@@ -241,7 +246,8 @@ def _check_values(selection: Selection) -> None:
         )
 
 
-def _row(target: Target, after: StructuredMatrix, result: Projection | None = None, seconds: Any = None) -> LayerRow:
+def row_of(target: Target, after: StructuredMatrix, result: Projection | None = None, seconds: Any = None) -> LayerRow:
+    """A layer's row of the report, with errors where there is a projection."""
     size = math.prod(target.shape)
     name, words = target.name, structure_name(after)
     row = LayerRow(name, words, target.shape, size, after.num_params, 2 * size, after.flops, seconds=seconds)
@@ -251,7 +257,8 @@ def _row(target: Target, after: StructuredMatrix, result: Projection | None = No
     return dataclasses.replace(row, **{name: getattr(result, name) for name in names})
 
 
-def _report(selection: Selection, rows: list[LayerRow], before: int, dry_run: bool) -> Report:
+def report_of(selection: Selection, rows: list[LayerRow], before: int, dry_run: bool) -> Report:
+    """The report: rows of the layers that are replaced, in the order of the selection's targets, and of the others."""
     new = iter(rows)
     every = tuple(next(new) if row is None else row for row in selection.rows)
     change = sum(row.params_after - row.params_before for row in rows)

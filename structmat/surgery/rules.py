@@ -10,8 +10,9 @@ from typing import Any
 from torch import nn
 
 from structmat.config import BudgetError, Config
-from structmat.config_block_sparse import PixelflyConfig, strides
-from structmat.surgery.replace import _row
+from structmat.config_block_sparse import strides
+from structmat.config_pixelfly import PixelflyConfig
+from structmat.surgery.replace import row_of
 from structmat.surgery.report import LayerRow
 from structmat.surgery.selection import Target
 
@@ -130,7 +131,7 @@ def meet(budgets: Mapping[str, int], targets: list[Target], fit: Fit | None = No
                 raise BudgetError(f"its budget is {params}")
             config = (fit or with_budget)(target, params)
             sketch = config.random(target.shape, dtype=target.weight.dtype, device="meta")
-            chosen.append(Option(config, sketch.num_params, 0.0, _row(target, sketch), sketch.num_params))
+            chosen.append(Option(config, sketch.num_params, 0.0, row_of(target, sketch), sketch.num_params))
             if sketch.num_params > params:
                 raise BudgetError(f"{config.structure} took {sketch.num_params} parameters, the budget is {params}")
         except ValueError as error:

@@ -104,7 +104,7 @@ def refusal(module: nn.Module) -> str | None:
     return None
 
 
-def _owners(model: nn.Module) -> dict[Any, list[str]]:
+def owners_of(model: nn.Module) -> dict[Any, list[str]]:
     """Under which names each parameter, or another that begins at the same memory, is registered."""
     owners: dict[Any, list[str]] = {}
     for name, module in model.named_modules():
@@ -143,8 +143,8 @@ def select(model: nn.Module, config: Configs, filter_fn: FilterFn | None) -> Sel
         ValueError: if nothing is to be replaced, or the model is itself a linear layer.
     """
     check_model(model)
-    patterns = _patterns(config)
-    owners, names = _owners(model), module_names(model)
+    patterns = patterns_of(config)
+    owners, names = owners_of(model), module_names(model)
     selection, used = Selection(), set()
     for module, aliases in names.items():
         if not is_linear_like(module):
@@ -152,7 +152,7 @@ def select(model: nn.Module, config: Configs, filter_fn: FilterFn | None) -> Sel
         name, reason = aliases[0], refusal(module)
         matched = next((p for p in patterns if any(fnmatch.fnmatchcase(a, p) for a in aliases)), None)
         used.add(matched)
-        if reason is None and (others := _ties(module, aliases, owners)):
+        if reason is None and (others := ties(module, aliases, owners)):
             reason = f"its weight is tied to {', '.join(others)}"
         if matched is None:
             reason = "no pattern matches its name"
@@ -171,7 +171,8 @@ def select(model: nn.Module, config: Configs, filter_fn: FilterFn | None) -> Sel
             params = 0 if weight is None or is_lazy(weight) else weight.numel()
             selection.rows.append(LayerRow.left_alone(name, dense_shape(module), params, reason or ""))
     if not selection.targets:
-        raise ValueError(_nothing_found(selection, patterns, len(names), filter_fn is not None))
+        convolutions = sum(isinstance(m, nn.modules.conv._ConvNd) for m in names)
+        raise ValueError(_nothing_found(selection, patterns, len(names), filter_fn is not None, convolutions))
     selection.unused_patterns = tuple(p for p in patterns if p not in used)
     return selection
 
@@ -189,7 +190,8 @@ def check_model(model: Any) -> None:
             )
 
 
-def _patterns(config: Any) -> dict[str, Config]:
+def patterns_of(config: Any) -> dict[str, Config]:
+    """Configs by patterns of names; a config alone is for all layers."""
     patterns = dict(config) if isinstance(config, Mapping) else {"*": config}
     for pattern, value in patterns.items():
         if not isinstance(pattern, str) or not isinstance(value, Config):
@@ -200,20 +202,25 @@ def _patterns(config: Any) -> dict[str, Config]:
     return patterns
 
 
-def _ties(module: nn.Module, aliases: list[str], owners: dict[Any, list[str]]) -> list[str]:
+def ties(module: nn.Module, aliases: list[str], owners: dict[Any, list[str]]) -> list[str]:
+    """Under which other names a layer's weight is registered; see :func:`owners_of`."""
     weight = module._parameters["weight"]
     assert weight is not None
     own = {f"{name}.weight" if name else "weight" for name in aliases}
     return [name for name in owners[_identity(weight)] if name not in own]
 
 
-def _nothing_found(selection: Selection, patterns: dict[str, Config], seen: int, filtered: bool) -> str:
+def _nothing_found(
+    selection: Selection, patterns: dict[str, Config], seen: int, filtered: bool, convolutions: int
+) -> str:
     wanted = "a layer of exact type torch.nn.Linear or transformers' Conv1D"
     if list(patterns) != ["*"]:
         wanted += f" whose name matches one of {', '.join(map(repr, patterns))}" if patterns else " and no pattern"
     if filtered:
         wanted += " and that filter_fn accepts"
     text = f"there is nothing to replace: looked for {wanted} in {seen} module{'' if seen == 1 else 's'}"
+    if convolutions:
+        text += f"; {convolutions} of them are convolutions, which are left alone, those of kernel 1 too"
     left = [row for row in selection.rows if row is not None]
     for row in left[:5]:
         text += f"\n  {row.name or '(model)'}: {row.skipped}"

@@ -16,9 +16,10 @@ from structmat.base import StructuredMatrix
 from structmat.calibrated import metric_of
 from structmat.projection.moments import Moments
 from structmat.projection.truncated import work_dtype
-from structmat.surgery.calibrating import _call, _moved, _undisturbed
+from structmat.surgery.batches import call, device_of, to_device
+from structmat.surgery.calibrating import undisturbed
 from structmat.surgery.fitting import check_moments, fit_layer, own_bias, own_biases
-from structmat.surgery.replace import _check_values, _sketch
+from structmat.surgery.replace import check_values, sketch_all
 from structmat.surgery.selection import Configs, FilterFn, Target, select
 from structmat.surgery.spec import is_conv1d
 
@@ -98,11 +99,11 @@ def sensitivity(
     if isinstance(batches, (Mapping, Tensor, str)) or not isinstance(batches, Iterable):
         raise TypeError(f"batches must be an iterable of batches, got a {type(batches).__name__}; put one in a list")
     selection = select(model, config, filter_fn)
-    _sketch(selection)
-    _check_values(selection)
+    sketch_all(selection)
+    check_values(selection)
     check_moments(selection.targets, calibration)
     targets, own = selection.targets, own_biases(model)
-    device = next((t.device for t in (*model.parameters(), *model.buffers())), torch.device("cpu"))
+    device = device_of(model)
     hidden = None if progress is None else not progress
     replaced, errors = [], []
     for target in targets:
@@ -112,12 +113,12 @@ def sensitivity(
     moved, rows = [0.0] * len(targets), 0
 
     def run(batch: Any) -> tuple[Tensor, bool]:
-        found = _call(model, batch) if forward is None else forward(model, batch)
+        found = call(model, batch) if forward is None else forward(model, batch)
         return _counted(found, batch, output)
 
-    with _undisturbed(model, gradients=False), tqdm(desc="sensitivity", disable=hidden, unit="pass") as bar:
+    with undisturbed(model, gradients=False), tqdm(desc="sensitivity", disable=hidden, unit="pass") as bar:
         for index, batch in enumerate(batches):
-            batch = _moved(batch, device)
+            batch = to_device(batch, device)
             dense, logits = run(batch)
             kind = distance or ("kl" if logits and dense.shape[-1] > 1 else "squared")
             rows += dense.shape[:-1].numel()

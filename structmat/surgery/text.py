@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from structmat.surgery.healing.feed import device_of, to_device
+from structmat.surgery.batches import device_of, to_device
 
 Batch = dict[str, Tensor]
 _HIDDEN_SHARE = 0.15  # of the tokens that a masked language model is to find, as in BERT's training

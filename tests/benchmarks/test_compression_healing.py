@@ -22,7 +22,8 @@ def test_a_pivoted_plan_is_better_and_heals(capsys):
     models = {name: ALTERNATIVES[f"{name}, allocated"](problem)[0] for name in ("low rank", "pivoted low rank")}
     before = distance(models["pivoted low rank"])
     assert before < distance(models["low rank"])
-    seconds = heal(models["pivoted low rank"], problem.model, batches, 1.0, 1e-3, torch.device("cpu"))
+    seconds, facts = heal(models["pivoted low rank"], problem.model, batches, 1.0, [1e-12, 1e-3], torch.device("cpu"))
     assert distance(models["pivoted low rank"]) < 0.9 * before
     assert 0 < seconds < 30
+    assert facts["lr"] == 1e-3 and facts["tried"]["0.001"] < facts["tried"]["1e-12"]
     assert "healed: " in capsys.readouterr().out

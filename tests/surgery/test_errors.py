@@ -113,3 +113,11 @@ class DistributedDataParallel(nn.Module):  # told by its name: the real one need
 def test_distributed_wrappers_are_refused():
     with pytest.raises(ValueError, match="the model is a DistributedDataParallel, which has taken over"):
         surgery.compress_(DistributedDataParallel(mlp()), MONARCH)
+
+
+def test_a_model_of_pointwise_convolutions_says_that_they_are_left_alone():
+    model = torch.nn.Sequential(torch.nn.Conv2d(8, 16, 1), torch.nn.ReLU(), torch.nn.Conv1d(16, 8, 1))
+    with pytest.raises(
+        ValueError, match="4 modules; 2 of them are convolutions, which are left alone, those of kernel 1"
+    ):
+        surgery.compress_(model, structmat.LowRankConfig(ratio=0.5))

@@ -39,7 +39,7 @@ def heal(
     steps: int,
     *,
     mode: str = "distill",
-    lr: float = 3e-4,
+    lr: float = 3e-5,
     warmup: int | None = None,
     clip: float | None = 1.0,
     accumulate: int = 1,
@@ -83,7 +83,8 @@ def heal(
             a decoder of their own are not passed on.
         steps: of the optimizer.
         mode: "distill" or "layerwise".
-        lr: the highest learning rate.
+        lr: the highest learning rate. The default is what a language model of 135 million parameters stands, which
+            ten times as much ruins; small networks take 1e-3 and more. :func:`learning_rates` tries several.
         warmup: steps of rising rate, by default a tenth of ``steps``.
         clip: the largest norm of all gradients together; None for any.
         accumulate: batches in a step; their losses are averaged.

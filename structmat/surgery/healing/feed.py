@@ -11,6 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from structmat.surgery import batches
+
 Batches = Iterable[Any] | Callable[[], Iterable[Any]]
 Forward = Callable[[nn.Module, Any], Any]
 
@@ -127,18 +129,7 @@ def set_random_state(state: dict[str, Any], device: torch.device) -> None:
 
 
 # ---------------------------------------------------------------- calls
-def to_device(batch: Any, device: torch.device) -> Any:
-    """A batch with its tensors on a device; what holds none stays."""
-    if isinstance(batch, Mapping):
-        return {key: to_device(value, device) for key, value in batch.items()}
-    if isinstance(batch, tuple) and hasattr(batch, "_fields"):
-        return type(batch)(*(to_device(value, device) for value in batch))
-    if isinstance(batch, (tuple, list)):
-        return type(batch)(to_device(value, device) for value in batch)
-    return batch.to(device, non_blocking=True) if hasattr(batch, "to") else batch
-
-
-def call(
+def call_model(
     model: nn.Module, batch: Any, forward: Forward | None, hidden: bool = False, callee: nn.Module | None = None
 ) -> Any:
     """A model's outputs for a batch.
@@ -164,16 +155,7 @@ def call(
             options["use_cache"] = False
         if isinstance(batch, Mapping) and not getattr(config, "is_encoder_decoder", False):
             batch = {key: value for key, value in batch.items() if key != "labels"}  # they make a loss for nobody
-    if isinstance(batch, Mapping):
-        return callee(**{**options, **batch})
-    if isinstance(batch, (tuple, list)):
-        return callee(*batch, **options)
-    if isinstance(batch, Tensor):
-        return callee(batch, **options)
-    raise TypeError(
-        f"a batch must be a mapping, a tuple, a list or a tensor, got {type(batch).__name__}; for others give forward, "
-        "a function of model and batch that returns the model's outputs"
-    )
+    return batches.call(callee, batch, options)
 
 
 def is_transformers(model: nn.Module) -> bool:
@@ -181,11 +163,3 @@ def is_transformers(model: nn.Module) -> bool:
     return any(
         c.__name__ == "PreTrainedModel" and c.__module__.startswith("transformers.") for c in type(model).__mro__
     )
-
-
-def device_of(model: nn.Module, default: torch.device | None = None) -> torch.device:
-    """Where a model's tensors are, by the first that is anywhere (offloaded ones are on the meta device)."""
-    for tensor in (*model.parameters(), *model.buffers()):
-        if tensor.device.type != "meta":
-            return tensor.device
-    return default or torch.device("cpu")

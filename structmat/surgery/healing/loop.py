@@ -45,6 +45,10 @@ class Settings:
         return values
 
 
+class Diverged(ValueError):
+    """A loss or a gradient is NaN or infinite."""
+
+
 class Method(Protocol):
     """What makes gradients."""
 
@@ -141,7 +145,7 @@ class Run:
     def _broken(self, step: int, what: str, value: float) -> None:
         back, state = self.best
         self.weights.load(state)
-        raise ValueError(
+        raise Diverged(
             f"step {step}: the {what} is {value}; the weights are again those after {back} steps. Look for NaN or "
             "infinite numbers in the batch, or lower lr"
         )

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from structmat.nn import StructuredLinear
-from structmat.surgery.healing.feed import Forward, call, device_of, to_device
+from structmat.surgery.batches import device_of, to_device
+from structmat.surgery.healing.feed import Forward, call_model
 from structmat.surgery.healing.loss import Mask, Parts, combine, relative_error, split
 from structmat.surgery.healing.models import Capture
 from structmat.surgery.selection import module_names
@@ -35,7 +36,7 @@ class Distill:
     Args:
         compressed: gets gradients.
         dense: gets none.
-        forward: see :func:`call`.
+        forward: see :func:`call_model`.
         mask: of a batch.
         autocast: dtype of the region around both models, or None.
         hidden: modules whose outputs are the hidden states; None for those that the models return.
@@ -86,7 +87,7 @@ class Distill:
     def _parts(self, which: int, batch: Any) -> tuple[Any, Parts]:
         device, model = self._devices[which], self._models[which]
         with self._captures[which].active() as seen, cast(device, self._autocast):
-            outputs = call(model, to_device(batch, device), self._forward, self._ask, self._callees[which])
+            outputs = call_model(model, to_device(batch, device), self._forward, self._ask, self._callees[which])
             seen = dict(seen)
         hidden, heads = split(("compressed_outputs", "dense_outputs")[which], outputs)
         return outputs, (seen if self._named else hidden, heads)
@@ -105,7 +106,7 @@ class Layerwise:
     Args:
         compressed: its structured layers get gradients.
         dense: is called.
-        forward: see :func:`call`.
+        forward: see :func:`call_model`.
         mask: of a batch.
         autocast: dtype of the region around the dense model and the structured layers, or None.
         chosen: the parameters that are trained.
@@ -154,7 +155,7 @@ class Layerwise:
         """Add ``scale`` times the gradients of a batch; return the mean of the layers' errors."""
         self._keep, self._scale, self._now = Mask(self._mask(batch)), scale, {}
         with torch.no_grad(), cast(self._where, self._autocast):
-            call(self._dense, to_device(batch, self._where), self._forward)
+            call_model(self._dense, to_device(batch, self._where), self._forward)
         if not self._now:
             raise ValueError("the dense model called none of the layers that are structured in compressed")
         now = {name: sum(e.item() for e in errors) / len(errors) for name, errors in self._now.items()}
