@@ -15,11 +15,13 @@ from torch import Tensor
 from structmat_kernels.block_diagonal import block_diagonal
 from structmat_kernels.block_sparse import BlockLayout, block_sparse
 from structmat_kernels.fft_conv import fft_conv
+from structmat_kernels.gated_gelu import gated_gelu
 from structmat_kernels.hadamard import hadamard
 from structmat_kernels.kronecker_merge import kronecker_merge
 from structmat_kernels.kronecker_sparse import kronecker_sparse
 from structmat_kernels.monarch import monarch, monarch_transposed
 from structmat_kernels.short_conv import short_conv
+from structmat_kernels.transpose import transpose
 
 BOUND = {torch.float32: 5e-6, torch.float16: 3e-3, torch.bfloat16: 2e-2}
 
@@ -78,6 +80,14 @@ def cases(draw):
         )
     for n in (1, 64, 2048, 4096, 8192):
         yield f"hadamard {n}", lambda b, x, n=n: hadamard(x, scale=n**-0.5, backend=b), (draw(67, n),)
+    for shape in ((67, 2), (3, 130), (9, 4098)):
+        yield f"gated gelu {shape}", lambda b, x: gated_gelu(x, backend=b), (draw(*shape),)
+    for shape in ((3, 67, 5), (1, 130, 64), (2, 8, 200)):
+        yield (
+            f"transpose {shape}",
+            lambda b, x, y: transpose(x, y, backend=b),
+            (draw(*shape), draw(*shape)),
+        )
     for block in (16, 23, 64):
         mask = torch.rand(5, 7, generator=torch.Generator().manual_seed(block)) < 0.4
         shape = (5 * block - 3, 7 * block - 5)

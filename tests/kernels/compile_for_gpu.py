@@ -103,6 +103,23 @@ def short_conv() -> None:
             short_conv(x, weight, bias, backend="triton").backward(torch.zeros_like(x))
 
 
+def pointwise() -> None:
+    """The gated unit and the transposing copy."""
+    global what
+    from structmat_kernels.gated_gelu import gated_gelu
+    from structmat_kernels.transpose import transpose
+
+    for dtype in (torch.bfloat16, torch.float32):
+        for h in (3072, 17):
+            what = f"{dtype}, h {h}"
+            x = torch.zeros(5, 2 * h, dtype=dtype, requires_grad=True)
+            gated_gelu(x, backend="triton").backward(torch.zeros(5, h, dtype=dtype))
+        for shape in ((2, 128, 256), (2, 7, 33)):
+            what = f"{dtype}, {shape}"
+            x, y = torch.zeros(2, *shape, dtype=dtype, requires_grad=True)
+            transpose(x, y, backend="triton").sum().backward()
+
+
 if __name__ == "__main__":
     launches.Launch.__call__ = compiled
     backend.runs_kernels = lambda x: x.dtype in backend.DTYPES

@@ -31,9 +31,9 @@ def compiled(*names):
     return [json.loads(line) for line in done.stdout.splitlines()]
 
 
-def test_short_convolutions():
-    found = compiled("short_conv")
-    assert {row["kernel"] for row in found} == {"_forward", "_backward"}
+def test_short_convolutions_and_pointwise_operations():
+    found = compiled("short_conv", "pointwise")
+    assert {row["kernel"] for row in found} == {"_forward", "_backward", "_transpose"}
     assert all(row["stack"] == 0 and row["shared"] <= SHARED for row in found)
 
 
