@@ -6,9 +6,10 @@
 Both are encoders without a head, with fresh weights: speed does not depend on their values. Batches have 32,768 tokens
 and no padding. "eager attention" is what transformers did before it had scaled_dot_product_attention, and what the M2
 paper compared with; "sdpa" is the fastest of torch's attention kernels, which torch chooses. Forward: bfloat16 weights.
-Forward and backward: float32 weights under bfloat16 autocast. Compiled: each layer by torch.compile. Calls take turns;
-they are not captured in CUDA graphs, which would hold the memory of all models at once. Memory: the peak of a call
-beyond what is held before it.
+Forward and backward: float32 weights under bfloat16 autocast. Compiled: each layer by torch.compile. Taps kept: the
+filters of the long convolutions, which do not depend on the input, are made once (structmat.nn.cache_taps). Calls take
+turns; they are not captured in CUDA graphs, which would hold the memory of all models at once. Memory: the peak of a
+call beyond what is held before it.
 
 Writes results/m2-bert-<device>.csv and .json. The exit status is 1 if a case failed for want of anything but memory.
 """
@@ -16,6 +17,7 @@ Writes results/m2-bert-<device>.csv and .json. The exit status is 1 if a case fa
 from __future__ import annotations
 
 import argparse
+import contextlib
 import gc
 import sys
 import time
@@ -33,6 +35,7 @@ from torch import Tensor, nn
 from transformers import BertConfig, BertModel
 
 from structmat.models.m2 import M2BertConfig, M2BertModel
+from structmat.nn import cache_taps
 
 HERE = Path(__file__).resolve().parent
 LENGTHS = (512, 1024, 2048, 4096, 8192)
@@ -43,7 +46,7 @@ COLUMNS = (
 )
 
 
-def variants(length: int, smoke: bool, compiled: bool) -> dict[str, Callable[[], nn.Module]]:
+def variants(length: int, smoke: bool, compiled: bool, forward: bool) -> dict[str, Callable[[], nn.Module]]:
     """Names and makers of the models."""
     sizes = {"num_hidden_layers": 1, "vocab_size": 100} if smoke else {}
     sizes |= {"max_position_embeddings": length, "hidden_dropout_prob": 0.0}
@@ -58,6 +61,8 @@ def variants(length: int, smoke: bool, compiled: bool) -> dict[str, Callable[[],
         return M2BertModel(M2BertConfig.preset("80M", **sizes, **small), add_pooling_layer=False)
 
     found = {BASE: bert("sdpa"), PLAIN: bert("eager"), "M2-BERT": m2}
+    if forward:
+        found["M2-BERT, taps kept"] = m2
     if compiled:
         found |= {f"{BASE}, compiled": bert("sdpa"), "M2-BERT, compiled": m2}
     return found
@@ -105,9 +110,16 @@ def plain(call: Callable[[int], object], device: torch.device) -> Timed:
 
 def measure(length: int, batch: int, mode: str, args: argparse.Namespace, device: torch.device) -> list[dict[str, Any]]:
     """The rows of one length."""
+    with contextlib.ExitStack() as contexts:
+        return _measure(length, batch, mode, args, device, contexts)
+
+
+def _measure(
+    length: int, batch: int, mode: str, args: argparse.Namespace, device: torch.device, contexts: contextlib.ExitStack
+) -> list[dict[str, Any]]:
     rows: list[dict[str, Any]] = []
     ready: list[tuple[dict[str, Any], Timed]] = []
-    for name, make in variants(length, args.smoke, length in args.compiled).items():
+    for name, make in variants(length, args.smoke, length in args.compiled, mode == "forward").items():
         row: dict[str, Any] = dict.fromkeys(COLUMNS, "") | {
             "length": length,
             "batch": batch,
@@ -121,6 +133,8 @@ def measure(length: int, batch: int, mode: str, args: argparse.Namespace, device
             model = make().to(device)
             row["params"] = sum(p.numel() for p in model.parameters())
             tokens = torch.randint(1, 100, (batch, length), device=device)
+            if name.endswith("taps kept"):
+                contexts.enter_context(cache_taps(model))
             call = call_of(model, tokens, mode, name.endswith("compiled"))
             call(0)
             if device.type == "cuda":

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import argparse
 import gc
+import json
 import sys
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,7 @@ import torch
 from harness.m2_cases import Case, Plan, cases
 from harness.m2_task import Task, plan_of, train
 from harness.pool import LEFT_OUT, describe, run_tasks
-from harness.report import table, write_csv, write_json
+from harness.report import read_rows, table, write_csv, write_json
 from harness.runs import Run, add_arguments, settle
 from harness.steptimes import inference
 from harness.timing import Timed, prepare, take_turns
@@ -41,6 +42,8 @@ TIMES = (
     *("task", "model", "mode", "params", "status", "p20_ms", "p50_ms", "p80_ms", "unit", "throughput", "speedup"),
     *("peak_mb", "repeats", "timer"),
 )
+#: What tells trainings apart.
+KEY = ("task", "model", "seed", "lr")
 COLUMNS = ("task", "model", "dim", "depth", "seed", "params", "status", "graph", "lr", "steps", "score", "train_loss")
 
 
@@ -53,6 +56,9 @@ def arguments(given: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--seeds", type=int, default=1, help="how many")
     parser.add_argument("--steps", type=int, default=None, help=f"{STEPS}, {STEPS_30M} of 30M")
     parser.add_argument("--lr", nargs="+", default=[], metavar="TASK=X,Y", help=f"learning rates; {RATES}")
+    parser.add_argument(
+        "--resume", action="store_true", help="keep the good trainings of the result files that there are"
+    )
     parser.add_argument("--smoke", action="store_true", help="tiny models, four steps")
     add_arguments(parser, PHASES, prewarm=0)
     args = parser.parse_args(given)
@@ -154,8 +160,9 @@ class M2Run(Run):
         seeds, rates = range(self.args.seeds), self.args.rates
         tasks = [self.task(case, seed, lr) for seed in seeds for case in self.cases for lr in rates[case.task]]
         tasks.sort(key=lambda t: (t.seed, len(t.case.size), t.case.task))  # the longest last: a limit costs those alone
-        rows: list[dict[str, Any]] = []
-        runs: list[dict[str, Any]] = []
+        rows, runs, before = self.kept() if self.args.resume else ([], [], [])
+        done = {tuple(row[name] for name in KEY) for row in rows}
+        tasks = [t for t in tasks if (t.case.name, t.case.model, t.seed, t.lr) not in done]
         self.say(f"{len(tasks)} trainings in {self.args.jobs} processes")
         for task, result in run_tasks(train, tasks, self.args.jobs, self.deadline, patience=600):
             row: dict[str, Any] = dict.fromkeys(COLUMNS, "") | {
@@ -176,7 +183,20 @@ class M2Run(Run):
             for some in (rows, runs):
                 some.sort(key=lambda r: (r["task"], r["model"], r["seed"], r["lr"]))
             left = [f"{r['task']}, {r['model']}" for r in rows if LEFT_OUT in r["status"]]
-            self.save_trainings(rows, COLUMNS, {"runs": runs, "left_out": left})
+            self.save_trainings(
+                rows, COLUMNS, {"runs": runs, "left_out": left} | ({"before": before} if before else {})
+            )
+
+    def kept(self) -> tuple[list[dict[str, Any]], list[dict[str, Any]], list[dict[str, Any]]]:
+        """Rows and curves of the trainings before that ended well, and what there is to say of their runs."""
+        path = self.file("train", ".json")
+        if not path.exists():
+            return [], [], []
+        facts = json.loads(path.read_text(encoding="utf-8"))
+        rows = [row for row in read_rows(path.with_suffix(".csv")) if row["status"] == "ok"]
+        runs = [run for run in facts["runs"] if run["status"] == "ok"]
+        said = {name: facts.get(name) for name in ("commit", "sources", "date", "device", "torch", "triton")}
+        return rows, runs, [*facts.get("before", []), said | {"trainings": len(rows)}]
 
 
 def main(given: list[str] | None = None) -> int:

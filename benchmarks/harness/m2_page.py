@@ -42,7 +42,7 @@ def best(runs: Sequence[Row]) -> list[Row]:
 def _trainings(name: str, facts: dict[str, Any], rows: list[Row], times: list[Row]) -> str:
     parts = [
         f"## Trainings, on {facts['device']}",
-        _versions(name, facts),
+        "\n\n".join([_versions(name, facts), *map(_earlier, facts.get("before", []))]),
         "Byte-level language models on English prose, windows of 512 or 4096 bytes, 32,768 bytes a step, the last 5 % "
         "of the text held out: **bits per byte**, lower is better. Multi-query associative recall (8 pairs in 64 "
         "tokens out of 512, two layers of 64 channels) and Fashion-MNIST: **accuracy** in per cent. Transformers: "
@@ -73,6 +73,14 @@ def _trainings(name: str, facts: dict[str, Any], rows: list[Row], times: list[Ro
     return "\n\n".join(part for part in parts if part)
 
 
+def _earlier(facts: dict[str, Any]) -> str:
+    return (
+        f"{facts['trainings']} of the trainings are of an earlier run: {facts['date']}, torch {facts['torch']}, "
+        f"{facts['device']}, "
+        + (f"commit {facts['commit'][:10]}." if facts["commit"] else f"sources {facts['sources']}.")
+    )
+
+
 def _words(runs: Sequence[Row], quiet: dict[tuple[str, str, str], Row]) -> str:
     """Where M2 loses and wins, in words."""
     scores: dict[str, dict[str, float]] = {}
@@ -99,8 +107,8 @@ def _bert(name: str, facts: dict[str, Any], rows: list[Row]) -> str:
         _versions(name, facts),
         f"Encoders without heads, batches of {facts['arguments']['tokens']:,} tokens without padding. Forward: "
         "bfloat16 weights; forward and backward: float32 weights under bfloat16 autocast. BERT is transformers' own, "
-        "once with torch's scaled_dot_product_attention (sdpa) and once with the attention it had before. Above 1 is "
-        "faster.",
+        "once with torch's scaled_dot_product_attention (sdpa) and once with the attention it had before. Taps kept: "
+        "under `structmat.nn.cache_taps`, which makes the filters once. Above 1 is faster.",
     ]
     header = ("tokens", "model", "tokens/s", "ms", "× sdpa", "× eager attention", "peak MB")
     for mode in dict.fromkeys(r["mode"] for r in rows):

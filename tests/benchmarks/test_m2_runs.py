@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 from pathlib import Path
 
 import pytest
@@ -58,7 +59,7 @@ def test_both_models_of_every_task_are_trained_and_timed(run):
 
 def test_bert_rows_compare_with_both_kinds_of_attention(run):
     rows, _ = read(run[0], "m2-bert-cpu")
-    assert len(rows) == 2 * 2 * 3
+    assert len(rows) == 2 * (4 + 3)
     for row in rows:
         base = next(
             r for r in rows if r["model"] == "BERT, sdpa" and (r["length"], r["mode"]) == (row["length"], row["mode"])
@@ -105,6 +106,28 @@ def test_failures_and_a_budget_are_told(script, prose, tmp_path, monkeypatch):
     rows, facts = read(tmp_path, "train-m2-cpu")
     assert {r["status"] for r in rows} == {pool.LEFT_OUT}
     assert len(facts["left_out"]) == 2
+
+
+def test_resuming_trains_what_is_missing(run, script, prose, tmp_path, monkeypatch):
+    """And says of which run the others are; other rows stay as they were, to the last digit."""
+    for end in ("csv", "json"):
+        shutil.copy(run[0] / f"train-m2-cpu.{end}", tmp_path)
+    rows, facts = read(tmp_path, "train-m2-cpu")
+    lost = next(r for r in rows if (r["task"], r["model"]) == ("recall, 64", "M2"))
+    report.write_csv(tmp_path / "train-m2-cpu.csv", [r for r in rows if r is not lost], rows[0])
+    facts["runs"] = [r for r in facts["runs"] if not all(r[k] == lost[k] for k in ("task", "model", "seed", "lr"))]
+    report.write_json(tmp_path / "train-m2-cpu.json", facts | {"commit": "abc"})
+    module = script("train_m2")
+    trained, real = [], module.train
+    monkeypatch.setattr(module, "train", lambda task: trained.append(task.case) or real(task))
+    given = ["--smoke", "--device", "cpu", "--out", str(tmp_path), "--seconds", "0", "--jobs", "0"]
+    assert module.main([*given, "--text", str(prose), "--phases", "train", "--resume"]) == 0
+    assert [(c.name, c.model) for c in trained] == [("recall, 64", "M2")]
+    again, facts = read(tmp_path, "train-m2-cpu")
+    assert [r for r in again if r["score"] != lost["score"]] == [r for r in rows if r["score"] != lost["score"]]
+    assert len(again) == len(rows) == len(facts["runs"])
+    assert [(b["commit"], b["trainings"]) for b in facts["before"]] == [("abc", len(rows) - 1)]
+    assert f"{len(rows) - 1} of the trainings are of an earlier run" in m2_page.page(tmp_path)
 
 
 def test_pairs_have_nearly_as_many_parameters():
