@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,10 @@ files in `benchmarks/results/`; `benchmarks/README.md` says how to make those.""
 
 def page(results: Path) -> str | None:
     """The whole page; None while no results are committed."""
-    parts = [_trainings(*run, step_times(results, run[0])) for run in committed(results, "train-m2-*")]
+    parts = [
+        _trainings(*run, step_times(results, run[0]), _timed(results, run[0]))
+        for run in committed(results, "train-m2-*")
+    ]
     parts += [_bert(*run) for run in committed(results, "m2-bert-*")]
     return "\n\n".join([START, *parts]) + "\n" if parts else None
 
@@ -39,7 +43,14 @@ def best(runs: Sequence[Row]) -> list[Row]:
     return kept
 
 
-def _trainings(name: str, facts: dict[str, Any], rows: list[Row], times: list[Row]) -> str:
+def _timed(results: Path, name: str) -> str:
+    """Of what code the steps' times are."""
+    path = results / f"step-times-{name.removeprefix('train-')}.json"
+    facts = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    return f", timed at commit {facts['commit'][:10]}" if facts.get("commit") else ""
+
+
+def _trainings(name: str, facts: dict[str, Any], rows: list[Row], times: list[Row], timed: str) -> str:
     parts = [
         f"## Trainings, on {facts['device']}",
         "\n\n".join([_versions(name, facts), *map(_earlier, facts.get("before", []))]),
@@ -47,10 +58,10 @@ def _trainings(name: str, facts: dict[str, Any], rows: list[Row], times: list[Ro
         "of the text held out: **bits per byte**, lower is better. Multi-query associative recall (8 pairs in 64 "
         "tokens out of 512, two layers of 64 channels) and Fashion-MNIST: **accuracy** in per cent. Transformers: "
         "`structmat.models.GPT` and `VisionTransformer` (scaled_dot_product_attention); M2 has dense projections and "
-        "block-diagonal MLPs in 4 blocks. AdamW, warm-up and cosine, bfloat16 autocast (FFTs in float32), the same "
+        "block-diagonal MLPs in 4 blocks. AdamW, warm-up and cosine, bfloat16 autocast, the same "
         f"rate for both; for recall the best of {', '.join(f'{lr:g}' for lr in facts['rates']['recall'])} for each. "
         "Trainings share the GPU; times of steps are measured apart, both models in turn, and are those of CUDA "
-        "graphs. One seed: small differences mean nothing.",
+        f"graphs{timed}. One seed: small differences mean nothing.",
         f"![trainings](_static/m2-{name.removeprefix('train-m2-')}.svg)\n\nHeld-out bits per byte by steps and by time "
         "of quiet steps.",
     ]

@@ -81,7 +81,8 @@ def test_pixelfly_takes_another_split_where_moments_ask_for_it():
         damped(W, fit(sm.Pixelfly._project(W, layout, rank)[0], W, moments, 1e-3), moments, 1e-3)
         for layout, rank in config._splits(64, 64, 1)
     )
-    assert damped(W, result.matrix, moments, 1e-3) <= 1.05 * best
+    rounding = 1e-24 * damped(W, torch.zeros_like(W), moments, 1e-3)  # the matrix is one of these
+    assert damped(W, result.matrix, moments, 1e-3) <= 1.05 * best + rounding
 
 
 # ---------------------------------------------------------------- orders of hidden units

@@ -9,8 +9,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from structmat.matrices.displacement._convolution import working
-from structmat_kernels.decayed_product import decayed_product
-from structmat_kernels.decayed_product.reference import decay
 
 
 def evaluate(mlps: nn.ModuleList, z: Tensor, frequency: Tensor, times: Tensor, rates: Tensor, shift: float) -> Tensor:
@@ -33,8 +31,11 @@ def evaluate(mlps: nn.ModuleList, z: Tensor, frequency: Tensor, times: Tensor, r
     *hidden, last = zip(*networks, strict=True)
     if all([_dense(layers, True) for layers in hidden]) and _dense(last, False):
         weight = _stacked([layer.weight for layer in last])
-        return decayed_product(weight, _together(hidden, z, frequency), times, rates, shift=shift)
-    return torch.stack([_alone(layers, z, frequency) for layers in networks]) * decay(times, rates, shift)
+        values = torch.bmm(weight, _together(hidden, z, frequency))
+    else:
+        values = torch.stack([_alone(layers, z, frequency) for layers in networks])
+    decay = torch.exp(-rates.unsqueeze(-1) * times)
+    return values * (decay + shift if shift else decay)
 
 
 def _dense(layers: Sequence[nn.Module], bias: bool) -> bool:
