@@ -11,10 +11,23 @@ ONE_OF_EACH_FAMILY = [
     *("dense", "diagonal", "permutation", "lowrank", "blockdiagonal-prime", "monarch-prime"),
     *("transposed", "product", "sum", "scaled", "kronecker", "inverse"),
 ]
+#: What takes seconds: by default for the first member of a family and for its first batch, `slow` for the others.
+TRACED = ("compile", "export")
 
 
-@pytest.mark.parametrize("check", CHECKS)
-@pytest.mark.parametrize("entry", MARKET, ids=repr)
+def marked():
+    """All entries with all checks."""
+    seen = set()
+    for entry in MARKET:
+        family, _, rest = entry.name.partition("-")
+        kind = family, "batch" in rest
+        for check in CHECKS:
+            marks = pytest.mark.slow if check in TRACED and kind in seen else ()
+            yield pytest.param(entry, check, id=f"{entry!r}-{check}", marks=marks)
+        seen.add(kind)
+
+
+@pytest.mark.parametrize(("entry", "check"), marked())
 def test_market(entry, check):
     CHECKS[check](entry, "cpu")
 
