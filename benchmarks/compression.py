@@ -242,7 +242,8 @@ def main() -> None:
                     note(rows, row | {"method": f"{method}, healed"}, subject.quality(model), seconds, args, device)
                 del model
         summary(name, rows)
-    facts = about(device) | {"arguments": {k: str(v) for k, v in vars(args).items() if k != "out"}}
+    given = {k: v.name if isinstance(v, Path) else str(v) for k, v in vars(args).items() if k != "out"}
+    facts = about(device) | {"arguments": given}
     facts |= {"seconds": round(time.perf_counter() - started), "healing": healing}
     write_json(args.out / f"compression-{slug(device)}.json", facts)
 
